@@ -1,0 +1,295 @@
+"""Heads on disk and on the Hub: `config.json` + `model.safetensors`, and the authors' `.pt` files.
+
+A checkpoint carries a fingerprint of the model it was trained on, so that it is not attached to another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift_kernels import features, files
+from swift_kernels.head import HeadConfig, SwiftHead, check_finite
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+LAYERS_CONVENTION = (
+    "Hugging Face hidden_states: 0 is the input of the first decoder layer, num_hidden_layers the model's final output"
+)
+
+FINGERPRINT_VALUES = 64
+SAME_TOLERANCE = 0.01
+"""Relative distance below which values count as the same weights: bfloat16 rounds within 0.004, 8-bit blocks within
+0.005."""
+RELATED_TOLERANCE = 0.3
+"""Above this, the values belong to another model (unrelated vectors are 1.4 apart); in between, to a fine-tune or to
+weights quantised to very few bits."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, what is wrong, and what to do."""
+
+
+class ModelMismatchError(CheckpointError):
+    """The head was trained on another model."""
+
+
+def save(head: SwiftHead, path: str | Path) -> None:
+    """Writes `head` into the folder `path`: the weights first, the config last, each replaced atomically."""
+    check_finite(head, "not saved")
+    save_file = _safetensors().save_file
+    folder = Path(path)
+    with files.replacing(folder / WEIGHTS_NAME) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}, temporary)
+    config = {"format_version": FORMAT_VERSION, "layers_convention": LAYERS_CONVENTION, **head.config.to_dict()}
+    files.write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def load(path: str | Path, *, model: nn.Module | None = None, allow_mismatch: bool = False, **hub: Any) -> SwiftHead:
+    """Loads a head from a folder, or from the Hub when `path` is no folder (`hub`: revision, token, cache_dir, ...).
+
+    With `model`, its fingerprint is compared with the one of the head, and the head is moved to its device.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, has missing or extra keys, or holds non-finite weights.
+        ModelMismatchError: `model` is not the one the head was trained on, and `allow_mismatch` is False.
+    """
+    if Path(path).suffix in (".pt", ".pth", ".bin"):
+        raise CheckpointError(f"{path} is a pickle: load heads of the authors' code with SwiftHead.from_upstream")
+    folder = Path(path) if Path(path).is_dir() else _download(str(path), **hub)
+    head = SwiftHead(_read_config(folder / CONFIG_NAME))
+    head.load_state_dict(_read_weights(folder / WEIGHTS_NAME, head))
+    check_finite(head, str(folder / WEIGHTS_NAME))
+    head.requires_grad_(False)
+    if model is not None:
+        check_model(head, model, allow_mismatch=allow_mismatch)
+        head.to(model.get_input_embeddings().weight.device)
+    return head
+
+
+def push(head: SwiftHead, repo_id: str, **hub: Any) -> str:
+    """Uploads `head` to the Hub (`hub`: token, private, revision, ...) and returns the address of the commit."""
+    import tempfile
+
+    api = _huggingface_hub().HfApi(token=hub.pop("token", None))
+    api.create_repo(repo_id, exist_ok=True, private=hub.pop("private", None))
+    with tempfile.TemporaryDirectory() as folder:
+        save(head, folder)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **hub))
+
+
+def load_upstream(
+    path: str | Path,
+    *,
+    model: nn.Module,
+    layers: str | Sequence[int] = "all",
+    apply_norm: bool | None = None,
+) -> SwiftHead:
+    """Loads a `.pt` file of the authors' code (`fused_layer.*`, or `reward_layer.*` without a gate).
+
+    Args:
+        path: the file.
+        model: the model it was trained on; upstream files do not record it.
+        layers: as in `SwiftHead.for_model`: the `--layers` it was trained with, or "logits" for `--logits_mode`.
+        apply_norm: whether it was trained with `--apply_norm`; by default, read off the file's name.
+
+    Upstream finds the scored span by stripping chat template strings, which outside Llama-3 starts a token late and
+    adds an end-of-turn to truncated answers; scores here follow `span="fed"` and can differ by those tokens.
+    """
+    if apply_norm or (apply_norm is None and "_norm_" in Path(path).name):
+        raise CheckpointError(
+            f"{path} was trained with --apply_norm, which normalises every layer once more: such features are not "
+            "computed here (pass apply_norm=False if the file's name misleads)"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: expected a .pt file of the authors' code") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} holds more than tensors and was not loaded: {_first_line(error)}") from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read, is it truncated? {_first_line(error)}") from None
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path} holds a {type(tensors).__name__}: expected a state dict")
+    gate = "fused_layer.weight" in tensors
+    name = "fused_layer" if gate else "reward_layer"
+    expected = {f"{name}.weight", f"{name}.bias"}
+    if set(tensors) != expected:
+        raise CheckpointError(
+            f"{path} has keys {sorted(map(str, tensors))}: expected fused_layer.weight and fused_layer.bias, or "
+            "reward_layer.weight and reward_layer.bias"
+        )
+    head = SwiftHead.for_model(model, layers, gate=gate)
+    for parameter, key in ((head.weight, f"{name}.weight"), (head.bias, f"{name}.bias")):
+        if tensors[key].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(tensors[key].shape)}: expected {list(parameter.shape)} for layers "
+                f"{layers!r} of {type(model).__name__}"
+            )
+        parameter.data.copy_(tensors[key])
+    check_finite(head, str(path))
+    return head.requires_grad_(False)
+
+
+def save_upstream(head: SwiftHead, path: str | Path) -> None:
+    """Writes `head` as a state dict of the authors' `LinearRewardModel`."""
+    name = "fused_layer" if head.config.gate else "reward_layer"
+    state = {f"{name}.{key}": value.detach().float().cpu() for key, value in head.state_dict().items()}
+    with files.replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What tells a model from another: architecture, sizes, and 64 values each of final norm and one embedding row."""
+    config = features.text_config(model)
+    embedding = model.get_input_embeddings().weight
+    row = embedding.shape[0] // 3
+    norm = _final_norm(model)
+    return {
+        "name": Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name,
+        "architecture": type(model).__name__,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "embedding_row": row,
+        "embedding_values": _sample(embedding[row]),
+        "final_norm_values": None if norm is None else _sample(norm.weight),
+    }
+
+
+def check_model(head: SwiftHead, model: nn.Module, *, allow_mismatch: bool = False) -> None:
+    """Raises `ModelMismatchError` when `head` was trained on another model, warns when on a relative of this one."""
+    expected = head.config.base_model
+    if expected is None:
+        return
+    actual = fingerprint(model)
+    message = ""
+    for key in ("architecture", "hidden_size", "num_hidden_layers"):
+        if expected[key] != actual[key]:
+            message = f"{key} is {actual[key]}, the head expects {expected[key]}"
+    distance = 0.0
+    if not message:
+        # Vocabularies may be padded differently; the row is one both have.
+        row = min(expected["embedding_row"], model.get_input_embeddings().weight.shape[0] - 1)
+        actual["embedding_values"] = _sample(model.get_input_embeddings().weight[row])
+        for key in ("embedding_values", "final_norm_values"):
+            distance = max(distance, _distance(expected[key], actual[key]))
+        if distance > RELATED_TOLERANCE:
+            message = f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}"
+    names = f"the head was trained on {expected['name']}, the model is {actual['name']}"
+    if message and not allow_mismatch:
+        raise ModelMismatchError(f"{names}: {message}. allow_mismatch=True overrides")
+    if message or distance > SAME_TOLERANCE:
+        reason = message or f"its weights are {distance:.3f} away (relative), as a fine-tune's would be"
+        warnings.warn(f"{names}: {reason}; scores may be off", UserWarning, stacklevel=3)
+
+
+def _final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm after the last layer: the last child of the decoder, after its layers, with a weight of its width."""
+    layout = features.model_layout(model)
+    children = list(layout.decoder.children())
+    for child in reversed(children[children.index(layout.layers) + 1 :]):
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1 and weight.shape[0] == layout.widths[-2]:
+            return child
+    return None
+
+
+def _sample(values: Tensor) -> list[float]:
+    values = values.detach()
+    if hasattr(values, "full_tensor"):  # a DTensor of a sharded model
+        values = values.full_tensor()
+    step = max(1, values.numel() // FINGERPRINT_VALUES)
+    return [round(value, 7) for value in values[::step][:FINGERPRINT_VALUES].float().cpu().tolist()]
+
+
+def _distance(expected: list[float] | None, actual: list[float] | None) -> float:
+    if expected is None or actual is None:
+        return 0.0 if expected is actual else float("inf")
+    if len(expected) != len(actual):
+        return float("inf")
+    first, second = torch.tensor(expected), torch.tensor(actual)
+    return ((first - second).norm() / first.norm().clamp_min(1e-12)).item()
+
+
+def _read_config(path: Path) -> HeadConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: expected a head's config") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON, is it truncated? {_first_line(error)}") from None
+    if not isinstance(raw, dict) or raw.pop("format_version", None) != FORMAT_VERSION:
+        raise CheckpointError(f"{path} is no head's config of format version {FORMAT_VERSION}")
+    convention = raw.pop("layers_convention", LAYERS_CONVENTION)
+    if convention != LAYERS_CONVENTION:
+        raise CheckpointError(f"{path} numbers layers otherwise: {convention!r}, expected {LAYERS_CONVENTION!r}")
+    known = {field.name for field in dataclasses.fields(HeadConfig)}
+    if set(raw) != known:
+        missing, extra = sorted(known - set(raw)), sorted(set(raw) - known)
+        raise CheckpointError(f"{path} lacks keys {missing} and has unknown keys {extra}")
+    try:
+        return HeadConfig(**raw)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_weights(path: Path, head: SwiftHead) -> dict[str, Tensor]:
+    safetensors = _safetensors()
+    try:
+        tensors = safetensors.load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist: expected the head's weights") from None
+    except Exception as error:  # safetensors raises its own Rust-side type, and OSError
+        raise CheckpointError(f"{path} cannot be read, is it truncated? {_first_line(error)}") from None
+    expected = head.state_dict()
+    if set(tensors) != set(expected):
+        missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+        raise CheckpointError(f"{path} lacks keys {missing} and has extra keys {extra}")
+    for key, value in expected.items():
+        if tensors[key].shape != value.shape or tensors[key].dtype != value.dtype:
+            raise CheckpointError(
+                f"{path}: {key} is {tensors[key].dtype} of shape {list(tensors[key].shape)}: expected {value.dtype} "
+                f"of shape {list(value.shape)} as the config says"
+            )
+    return tensors
+
+
+def _download(repo_id: str, **hub: Any) -> Path:
+    huggingface_hub = _huggingface_hub()
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **hub))
+    except Exception as error:
+        raise CheckpointError(
+            f"{repo_id} is neither a folder with {CONFIG_NAME} and {WEIGHTS_NAME} nor a repository of the Hub that can "
+            f"be downloaded: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("checkpoints need safetensors: pip install 'swift_kernels[hub]'") from error
+    return safetensors.torch
+
+
+def _huggingface_hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError("the Hub needs huggingface_hub: pip install 'swift_kernels[hub]'") from error
+    return huggingface_hub

@@ -1,0 +1,196 @@
+"""Which hidden states or logits a head reads, and where a model keeps them.
+
+Layer indices are those of Hugging Face's `hidden_states`: 0 is the input of the first decoder layer, l the input of
+layer l, L (the number of layers) whatever the model returns last, nearly always the output of its final norm.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HIDDEN_STATES = "hidden_states"
+LOGITS = "logits"
+FEATURE_SOURCES = (HIDDEN_STATES, LOGITS)
+
+
+class UnsupportedModelError(ValueError):
+    """The features that a head needs cannot be read from this model; the message says why."""
+
+
+def resolve_layers(layers: str | Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
+    """ "Turns "all" or indices (negative ones count from the end of 0..L) into ascending indices within 0..L."""
+    entries = num_hidden_layers + 1
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f'layers is {layers!r}: expected "all", "logits" or a list of indices')
+        return tuple(range(entries))
+    resolved = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -entries <= layer < entries:
+            raise ValueError(
+                f"layer index {layer!r} is out of range: expected {-entries}..{entries - 1} for a model of "
+                f"{num_hidden_layers} layers (0 is the first layer's input, {num_hidden_layers} the final output)"
+            )
+        resolved.append(layer % entries)
+    if not resolved:
+        raise ValueError("layers is empty: expected at least one index")
+    if len(set(resolved)) != len(resolved):
+        raise ValueError(f"layers {list(layers)} names an entry twice: expected distinct indices")
+    return tuple(sorted(resolved))
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """Where a decoder-only model keeps what heads read, as one traced forward found it.
+
+    Attributes:
+        decoder: the module that runs the layers and returns the last hidden state.
+        layers: the decoder layers, L of them.
+        last: where `hidden_states[L]` comes from: "decoder" (output of `decoder`), "layer" (output of the last
+            layer) or None.
+        widths: width of each of the L + 1 entries.
+        readable: for each entry, whether the traced forward found it bitwise where it will be read.
+        vocab_size: width of the logits.
+    """
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    last: str | None
+    widths: tuple[int, ...]
+    readable: tuple[bool, ...]
+    vocab_size: int
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, ModelLayout] = weakref.WeakKeyDictionary()
+
+
+def model_layout(model: nn.Module) -> ModelLayout:
+    """Finds a model's layers and checks with one short forward that what they are fed is what it returns.
+
+    The forward takes three tokens, keeps the training mode, and leaves the random number generators as they were.
+    The result is remembered for as long as the model lives.
+
+    Raises:
+        UnsupportedModelError: for models without a list of layers, or whose hidden states are not [batch, tokens,
+            width].
+    """
+    layout = _LAYOUTS.get(model)
+    if layout is None:
+        layout = _LAYOUTS[model] = _trace(model)
+    return layout
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, also of a multi-modal one."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no config: expected a decoder-only model of the transformers library"
+        )
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def last_hidden_state(output: Any) -> Tensor:
+    """The tensor a decoder or layer returned, from a ModelOutput, a tuple or as it is."""
+    if isinstance(output, Tensor):
+        return output
+    value = getattr(output, "last_hidden_state", None)
+    return output[0] if value is None else value
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states a decoder layer was called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    config = text_config(model)
+    name = type(model).__name__
+    count = getattr(config, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model: expected a decoder-only one")
+    root = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for parent in root.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                if len(set(child)) != count:
+                    raise UnsupportedModelError(f"{name} runs one layer several times: its inputs cannot be told apart")
+                return parent, child
+    raise UnsupportedModelError(f"{name} has no list of {count} decoder layers: its hidden states cannot be read")
+
+
+def _trace(model: nn.Module) -> ModelLayout:
+    decoder, layers = _find_layers(model)
+    name = type(model).__name__
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _module, args, kwargs, index=index: inputs.__setitem__(index, layer_input(args, kwargs)),
+            with_kwargs=True,
+        )
+        for index, layer in enumerate(layers)
+    ]
+    handles += [
+        module.register_forward_hook(
+            lambda _module, _args, output, place=place: outputs.__setitem__(place, last_hidden_state(output))
+        )
+        for place, module in (("decoder", decoder), ("layer", layers[-1]))
+    ]
+    device = model.get_input_embeddings().weight.device
+    token_ids = torch.arange(1, 4, device=device).remainder(text_config(model).vocab_size)[None]
+    try:
+        with _evaluating(model), torch.no_grad(), torch.random.fork_rng():
+            output = model(input_ids=token_ids, output_hidden_states=True, use_cache=False, return_dict=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    states = output.hidden_states
+    if states is None or len(states) != len(layers) + 1:
+        found = "none" if states is None else str(len(states))
+        raise UnsupportedModelError(f"{name} returns {found} hidden_states for {len(layers)} layers: expected one more")
+    if any(state.dim() != 3 for state in states):
+        raise UnsupportedModelError(
+            f"{name} has hidden states of shape {list(states[0].shape)}: expected [batch, tokens, width]"
+        )
+    if len(inputs) != len(layers):
+        raise UnsupportedModelError(
+            f"{name} did not run the hooks of its layers: attach before compiling the model, or reload it"
+        )
+    readable = [_identical(inputs[index], states[index]) for index in range(len(layers))]
+    last = next((place for place in ("decoder", "layer") if _identical(outputs.get(place), states[-1])), None)
+    return ModelLayout(
+        decoder=decoder,
+        layers=layers,
+        last=last,
+        widths=tuple(state.shape[-1] for state in states),
+        readable=(*readable, last is not None),
+        vocab_size=output.logits.shape[-1],
+    )
+
+
+def _identical(captured: Tensor | None, returned: Tensor) -> bool:
+    return captured is not None and (captured is returned or torch.equal(captured, returned))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
