@@ -9,7 +9,8 @@ from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.state import ScoreState
 
 if TYPE_CHECKING:
-    from swift_kernels.integrations.transformers import Scorer, attach, score_texts
+    from swift_kernels.integrations.teacher_forcing import score_texts
+    from swift_kernels.integrations.transformers import Scorer, attach
     from swift_kernels.selection.best_of_n import BestOfN, Candidate, best_of_n
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
 _LAZY = {
     "Scorer": "swift_kernels.integrations.transformers",
     "attach": "swift_kernels.integrations.transformers",
-    "score_texts": "swift_kernels.integrations.transformers",
+    "score_texts": "swift_kernels.integrations.teacher_forcing",
     "BestOfN": "swift_kernels.selection.best_of_n",
     "Candidate": "swift_kernels.selection.best_of_n",
     "best_of_n": "swift_kernels.selection.best_of_n",

@@ -7,13 +7,14 @@ layer l, L (the number of layers) whatever the model returns last, nearly always
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 HIDDEN_STATES = "hidden_states"
 LOGITS = "logits"
@@ -89,6 +90,48 @@ def model_layout(model: nn.Module) -> ModelLayout:
     if layout is None:
         layout = _LAYOUTS[model] = _trace(model)
     return layout
+
+
+def tap(
+    model: nn.Module,
+    features: str,
+    layers: Sequence[int] | None,
+    consume: Callable[[int, Tensor], None],
+) -> list[RemovableHandle]:
+    """Calls `consume(k, entry)` with the k-th selected entry, in ascending k, in every forward of `model`.
+
+    An entry is `[batch, tokens, width]`, the tensor that the model itself goes on with: it must not be changed.
+    """
+    if features == LOGITS:
+        return [model.register_forward_hook(lambda _module, _args, output: consume(0, output.logits))]
+    layout = model_layout(model)
+    handles: list[RemovableHandle] = []
+    for k, index in enumerate(layers or ()):
+        if index < layout.num_hidden_layers:
+
+            def before_layer(_module: nn.Module, args: Any, kwargs: Any, k: int = k) -> None:
+                consume(k, layer_input(args, kwargs))
+
+            handles.append(layout.layers[index].register_forward_pre_hook(before_layer, with_kwargs=True))
+        else:
+
+            def after_last(_module: nn.Module, _args: Any, output: Any, k: int = k) -> None:
+                consume(k, last_hidden_state(output))
+
+            source = layout.decoder if layout.last == "decoder" else layout.layers[-1]
+            handles.append(source.register_forward_hook(after_last))
+    return handles
+
+
+def scored_tokens(response_ids: Sequence[int], eos_token_ids: Collection[int], span: str) -> list[int]:
+    """Indices of the response tokens that count.
+
+    `span="fed"`: those that `generate` feeds to the model, so all but the last one sampled, and never an
+    end-of-sequence token. `span="all"`: every one.
+    """
+    if span == "all":
+        return list(range(len(response_ids)))
+    return [index for index, token in enumerate(response_ids[:-1]) if token not in eos_token_ids]
 
 
 def text_config(model: nn.Module) -> Any:

@@ -56,7 +56,7 @@ def score_step(
 
 
 def gate_and_reward(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`[..., 2]` (or `[..., 1]` without a gate) outputs of the linear layer -> sigmoid gate and reward, each `[...]`."""
+    """Outputs `[..., 2]` (`[..., 1]` without a gate) of the linear layer -> sigmoid gate and reward, each `[...]`."""
     reward = logits[..., -1]
     gate = torch.sigmoid(logits[..., 0]) if logits.shape[-1] == 2 else torch.ones_like(reward)
     return gate, reward

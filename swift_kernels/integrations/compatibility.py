@@ -1,0 +1,65 @@
+"""Whether a head and a sequence fit a model; all that both ways of scoring need to know about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from swift_kernels import features
+from swift_kernels.checkpoint import check_model
+from swift_kernels.head import SwiftHead
+
+
+def check_head(model: nn.Module, head: SwiftHead, *, allow_mismatch: bool = False) -> None:
+    """Raises when the features of `head` cannot be read from `model`, or it was trained on another model."""
+    config, layout, name = head.config, features.model_layout(model), type(model).__name__
+    check_model(head, model, allow_mismatch=allow_mismatch)
+    if config.features == features.LOGITS:
+        if config.widths != (layout.vocab_size,):
+            raise ValueError(f"the head reads {config.widths[0]} logits, {name} has {layout.vocab_size}")
+    else:
+        if config.layers is None or config.num_hidden_layers != layout.num_hidden_layers:
+            raise ValueError(
+                f"the head is for {config.num_hidden_layers} layers (indices {config.layers}), {name} has "
+                f"{layout.num_hidden_layers}: make it with SwiftHead.for_model(model, layers)"
+            )
+        widths = tuple(layout.widths[index] for index in config.layers)
+        if config.widths != widths:
+            raise ValueError(f"the head reads widths {list(config.widths)}, {name} has {list(widths)}")
+        hidden = [index for index in config.layers if not layout.readable[index]]
+        if hidden:
+            raise features.UnsupportedModelError(
+                f"{name} does not show hidden_states{hidden} where its layers begin or its decoder ends: scoring them "
+                "would read other values than the head was trained on; choose other layers"
+            )
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise features.UnsupportedModelError(
+            f"{name} lies on {sorted(map(str, devices))}: scoring expects the whole model on one device"
+        )
+
+
+def generating_model(model: nn.Module) -> nn.Module:
+    """The model that generates, inside wrappers such as those of torch.compile and PEFT."""
+    for module in model.modules():
+        if hasattr(module, "generation_config") and hasattr(module, "generate"):
+            return module
+    raise features.UnsupportedModelError(
+        f"{type(model).__name__} cannot generate: expected a causal language model of transformers"
+    )
+
+
+def eos_token_ids(model: Any) -> list[int]:
+    """The end-of-sequence ids that `generate` stops at."""
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        return []
+    return list(eos) if isinstance(eos, list | tuple) else [eos]
+
+
+def check_context(model: Any, length: int) -> None:
+    """Raises when `length` tokens do not fit the model's context."""
+    limit = getattr(features.text_config(model), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"a sequence has {length} tokens: {type(model).__name__} takes at most {limit}")

@@ -1,0 +1,124 @@
+"""Scoring answers that exist already: one teacher-forced forward a batch, reduced layer by layer as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift_kernels import features, reference
+from swift_kernels.head import HeadConfig, SwiftHead
+from swift_kernels.integrations.compatibility import check_context, check_head, eos_token_ids, generating_model
+
+
+def forward_packed(
+    model: nn.Module,
+    config: HeadConfig,
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    consume: Callable[[int, Tensor], None],
+) -> Tensor:
+    """One teacher-forced forward; hands over the scored tokens' hidden states entry by entry and keeps none.
+
+    Args:
+        model: a decoder-only model.
+        config: of the head: which entries, and which tokens count (`span`).
+        sequences: (prompt ids, response ids) of each; an end-of-sequence token ends a response that finished.
+        consume: called with k and the k-th selected entry, `[tokens, width]`, of the scored tokens of all sequences.
+
+    Returns:
+        int64 `[sequences + 1]` cumulative numbers of scored tokens.
+    """
+    device = next(model.parameters()).device
+    eos = eos_token_ids(model)
+    rows, columns, lengths, fed = [], [], [], []
+    for row, (prompt, response) in enumerate(sequences):
+        if not prompt:
+            raise ValueError(f"the prompt of sequence {row} is empty: expected at least one token")
+        scored = features.scored_tokens(response, eos, config.span)
+        whole = [*prompt, *response]
+        fed.append(whole[: len(prompt) + scored[-1] + 1] if scored else list(prompt))
+        rows += [row] * len(scored)
+        columns += [len(prompt) + index for index in scored]
+        lengths.append(len(scored))
+    longest = max(map(len, fed))
+    check_context(model, longest)
+    token_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed], device=device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in fed], device=device)
+    picked = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    if not rows:
+        return cu_seqlens
+    handles = features.tap(model, config.features, config.layers, lambda k, entry: consume(k, entry[picked]))
+    try:
+        with torch.no_grad():
+            model(input_ids=token_ids, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return cu_seqlens
+
+
+def score_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    head: SwiftHead,
+    prompts: Sequence[str | Sequence[int]],
+    responses: Sequence[str | Sequence[int]],
+    *,
+    finished: bool | Sequence[bool] = True,
+    batch_size: int = 16,
+    allow_mismatch: bool = False,
+) -> Tensor:
+    """Scores answers that exist already, in one forward a batch; no hidden state is kept.
+
+    Args:
+        model, head: as for `attach`.
+        tokenizer: for prompts and responses given as text; token ids are taken as they are.
+        prompts, responses: one of each per answer. Token ids of a response that finished end with the end-of-sequence
+            token, as `generate` returns them, without padding.
+        finished: whether a response given as text ended by itself; a truncated one's last token does not count.
+        batch_size: sequences a forward.
+
+    Returns:
+        float32 `[answers]` on the CPU; NaN for an answer without scored tokens.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many of each")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: expected at least 1")
+    ended = [finished] * len(responses) if isinstance(finished, bool) else list(finished)
+    if len(ended) != len(responses):
+        raise ValueError(f"finished has {len(ended)} values for {len(responses)} responses")
+    model = generating_model(model)
+    check_head(model, head, allow_mismatch=allow_mismatch)
+    end = eos_token_ids(model)[:1]
+    sequences = []
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        prompt_ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        if not prompt or not prompt_ids:
+            raise ValueError(f"prompts[{index}] is empty: expected at least one token")
+        if isinstance(response, str):
+            response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+            # Without an end-of-sequence token in the vocabulary, any id stands for the end: it is never fed.
+            response_ids = [*response_ids, *(end or [0])] if ended[index] else response_ids
+        else:
+            response_ids = list(response)
+        sequences.append((prompt_ids, response_ids))
+    weight, bias = head.weight.detach(), head.bias.detach()
+    offsets = torch.tensor([0, *head.config.widths]).cumsum(0).tolist()
+    scores = torch.full((len(sequences),), torch.nan)
+    order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        logits: list[Tensor] = [bias.float()]
+
+        def add(k: int, entry: Tensor, logits: list[Tensor] = logits) -> None:
+            columns = weight[:, offsets[k] : offsets[k + 1]].to(entry.device)
+            logits[0] = logits[0].to(entry.device) + reference.project([entry], columns, bias.new_zeros(()))
+
+        cu_seqlens = forward_packed(model, head.config, [sequences[index] for index in batch], add)
+        if int(cu_seqlens[-1]):
+            scores[torch.tensor(batch)] = reference.pool(logits[0].cpu(), cu_seqlens)
+    return scores

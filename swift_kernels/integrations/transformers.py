@@ -1,0 +1,460 @@
+"""Scoring inside Hugging Face `transformers`: `attach` around `model.generate`, unchanged but for the scores.
+
+One decode step as data flows: the model runs, hooks hand over each selected layer's hidden states where the model
+left them, and at the last one `SwiftHead.step` launches one kernel that updates the running means. The rows that
+count are known from the stopping criteria, which `generate` evaluates on every token that it has sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swift_kernels import features, schema
+from swift_kernels.head import SwiftHead
+from swift_kernels.integrations.compatibility import check_head, generating_model
+from swift_kernels.integrations.teacher_forcing import forward_packed, score_texts
+from swift_kernels.state import ScoreState
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("this needs transformers: pip install 'swift_kernels[transformers]'") from error
+
+__all__ = ["NotScoredError", "Scorer", "UnsupportedGenerationError", "attach", "forward_packed", "score_texts"]
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_MISSING = object()
+
+
+class UnsupportedGenerationError(ValueError):
+    """Scores would be wrong in this mode of generation; raised before anything is generated."""
+
+
+class NotScoredError(RuntimeError):
+    """A forward that should have been scored was not, or one was scored that should not have been."""
+
+
+def attach(
+    model: nn.Module,
+    head: SwiftHead,
+    *,
+    fuse: str = "gather",
+    trace: bool = False,
+    allow_mismatch: bool = False,
+) -> Scorer:
+    """Scores what `model` generates inside a `with` block; `generate` itself returns what it would without.
+
+    Args:
+        model: a decoder-only model of transformers.
+        head: its hidden states or logits, layers and widths must fit the model.
+        fuse: "gather", one kernel beside the model at each step.
+        trace: keeps every scored token's gate and reward (`Scorer.trace`), 8 bytes a token.
+        allow_mismatch: attaches although the head was trained on another model.
+
+    Raises:
+        UnsupportedModelError: the features cannot be read from this model.
+        ModelMismatchError: the head was trained on another model.
+        ValueError: layers or widths do not fit, or the model is attached already.
+    """
+    if fuse != "gather":
+        raise ValueError(f'fuse is {fuse!r}: expected "gather"')
+    model = generating_model(model)
+    check_head(model, head, allow_mismatch=allow_mismatch)
+    return Scorer(model, head, trace=trace)
+
+
+class Scorer:
+    """Scores of one model, while its `with` block lasts; made by `attach`."""
+
+    def __init__(self, model: nn.Module, head: SwiftHead, *, trace: bool = False) -> None:
+        device = next(model.parameters()).device
+        self.model = model
+        self.head = head if head.weight.device == device else copy.deepcopy(head).to(device)
+        self._keep_trace = trace
+        self._state: ScoreState | None = None
+        self._slots: Tensor | None = None
+        self._gate_reward: Tensor | None = None
+        self._entries: list[Tensor] = []
+        self._last_entry = len(head.config.widths) - 1
+        self._whole_sequences = False
+        self._scored = False
+        self._run: _Run | None = None
+        self._looping = False
+        self._restore: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Scorer:
+        if self.model in _ATTACHED:
+            raise ValueError(f"{type(self.model).__name__} has a scorer attached already: leave its `with` block first")
+        _ATTACHED.add(self.model)
+        config = self.head.config
+        self._restore.append(lambda: _ATTACHED.discard(self.model))
+        for handle in features.tap(self.model, config.features, config.layers, self._consume):
+            self._restore.append(handle.remove)
+        for name in ("_compiled_call", "_last_compile_config"):
+            self._set_aside(name)
+        self._patch("generate", self._generate)
+        self._patch("_get_stopping_criteria", self._get_stopping_criteria)
+        self._patch("get_compiled_call", self._get_compiled_call)
+        for name in ("generate_batch", "init_continuous_batching"):
+            if hasattr(self.model, name):
+                self._patch(name, _refuse_continuous_batching)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._restore:
+            self._restore.pop()()
+        self._entries.clear()
+        self._looping = False
+
+    def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
+        """Scores every one-position forward from now on, for a hand-written loop or a captured CUDA graph.
+
+        Args:
+            slots: int64 `[rows]` on the model's device, the slot of each row, negative to skip it. It is read at
+                every step and may be changed in place.
+            num_slots: how many slots there are; as many as rows unless told otherwise.
+        """
+        self._check_inside()
+        if self._keep_trace:
+            raise ValueError("trace=True follows `generate`: a hand-written loop calls head.step with gate_reward")
+        if slots.dtype != torch.int64 or slots.dim() != 1 or slots.device != self.head.weight.device:
+            raise ValueError(
+                f"slots is {slots.dtype} of shape {list(slots.shape)} on {slots.device}: expected int64 [rows] on "
+                f"{self.head.weight.device}"
+            )
+        self._run = None
+        self._looping = True
+        self._whole_sequences = self._scored = False
+        self._reset(slots.shape[0] if num_slots is None else num_slots, slots.shape[0])
+        self._slots = slots
+
+    def scores(self) -> Tensor:
+        """float32 scores, `[rows]` in the order of the last `generate`'s output, or `[slots]` after `begin`.
+
+        NaN where no token was scored.
+
+        Raises:
+            NotScoredError: the kernel did not run at every step, as when the model was compiled before `attach`.
+        """
+        return self._checked_state().scores()
+
+    def token_counts(self) -> Tensor:
+        """int32, how many tokens each score rests on."""
+        return self._checked_state().token_count.clone()
+
+    def response_lengths(self) -> Tensor:
+        """int64 `[rows]`: tokens the last `generate` sampled for each row, end-of-sequence included, padding not."""
+        return self._finished_run().lengths.clone()
+
+    def finished(self) -> Tensor:
+        """bool `[rows]`: whether each row of the last `generate` ended by itself, not for lack of length or time."""
+        return self._finished_run().ended.clone()
+
+    def trace(self) -> list[Tensor]:
+        """For each row of the last `generate`, float32 `[tokens, 2]`: gate and reward of every scored token."""
+        if not self._keep_trace:
+            raise ValueError("nothing was traced: attach(..., trace=True)")
+        run = self._finished_run()
+        self._checked_state()
+        if not run.trace:
+            return [torch.zeros(0, 2)] * run.lengths.shape[0]
+        values = torch.stack([gate_reward for gate_reward, _ in run.trace], dim=1).cpu()
+        fed = torch.stack([fed for _, fed in run.trace], dim=1).cpu()
+        return [row[mask] for row, mask in zip(values, fed, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes scoring holds for the sequences, 12 each, whatever their length."""
+        return 0 if self._state is None else self._state.nbytes
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes of scratch, constant: the kernel's partial sums and counters, and the bookkeeping of the rows."""
+        if self._state is None:
+            return 0
+        held = [self._slots, self._gate_reward] + ([] if self._run is None else self._run.tensors())
+        return self._state.scratch_nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def describe(self) -> str:
+        """What runs where, in a line."""
+        config = self.head.config
+        source = config.features if config.layers is None else f"hidden_states {list(config.layers)}"
+        device = self.head.weight.device
+        return (
+            f"{type(self.model).__name__}: {source}, {config.num_features} features, gather, one "
+            f"{schema.implementation(device.type)} call a step on {device}"
+        )
+
+    def _consume(self, k: int, entry: Tensor) -> None:
+        """Receives the selected entries of a forward in turn, and scores the step at the last one."""
+        state = self._state
+        if state is None or self._slots is None:
+            return
+        if entry.shape[1] == 1:
+            self._entries.append(entry[:, 0])
+        elif self._whole_sequences:
+            # Without a cache every forward feeds the whole sequence: a copy, so that the rest can be freed.
+            self._entries.append(entry[:, -1].clone())
+        else:
+            return
+        if k == self._last_entry:
+            entries, self._entries = self._entries, []
+            self.head.step(entries, state, self._slots, self._gate_reward)
+            self._scored = True
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_call(original, args, kwargs)
+        self._looping = False
+        self._run = self._slots = None
+        self._entries.clear()
+        feed = _FeedLast(self) if self.head.config.span == "all" else None
+        try:
+            output = original(*args, **kwargs)
+            if self._run is None:
+                raise NotScoredError("generate decoded without its stopping criteria: nothing was scored")
+            if feed is not None:
+                feed.run(output)
+            self._run.complete = True
+            return output
+        finally:
+            if feed is not None:
+                feed.remove()
+            self._entries.clear()
+            if self._slots is not None:
+                self._slots.fill_(-1)
+
+    def _check_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuses what never reaches `_get_stopping_criteria`: other decoding loops and engines."""
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        extra = arguments.get("kwargs", {})
+        if arguments.get("custom_generate") is not None:
+            raise UnsupportedGenerationError(
+                "custom_generate replaces the decoding loop: use scorer.begin(slots) in it"
+            )
+        if arguments.get("assistant_model") is not None:
+            raise UnsupportedGenerationError("assisted generation rolls tokens back: scores would count rejected ones")
+        config = copy.deepcopy(arguments.get("generation_config") or self.model.generation_config)
+        config.update(**extra)
+        _check_generation(config)
+
+    def _get_stopping_criteria(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> _Criteria:
+        config = inspect.signature(original).bind(*args, **kwargs).arguments["generation_config"]
+        _check_generation(config)
+        if self.head.config.span == "all" and config.cache_implementation is not None:
+            raise UnsupportedGenerationError(
+                f'a head of span="all" feeds one token more than a {config.cache_implementation!r} cache has room for: '
+                "use the dynamic cache"
+            )
+        self._whole_sequences = not config.use_cache
+        return _Criteria(original(*args, **kwargs), self._sampled)
+
+    def _sampled(self, done: Tensor, ended: Tensor) -> None:
+        """Called with every sampled token: settles what the last forward fed, and decides what the next will."""
+        run, rows = self._run, done.shape[0]
+        if run is None:
+            self._reset(rows, rows)
+            run = self._run = _Run(rows, done.device)
+            self._slots = torch.full((rows,), -1, device=done.device)
+            self._gate_reward = torch.zeros(rows, 2, device=done.device) if self._keep_trace else None
+        else:
+            if not self._scored:
+                raise NotScoredError(
+                    f"a forward of {type(self.model).__name__} was not scored: a model or layer that was compiled "
+                    "before attach() does not run its hooks; attach first, then compile"
+                )
+            run.fed += run.next_fed
+            if self._gate_reward is not None:
+                run.trace.append((self._gate_reward.clone(), run.next_fed.clone()))
+        self._scored = False
+        live_before = run.live.clone()
+        run.lengths += live_before
+        run.ended |= live_before & ended
+        run.live &= ~done
+        run.next_fed = live_before if self.head.config.span == "all" else run.live
+        self._slots.copy_(torch.where(run.next_fed, run.rows, -1))
+
+    def _get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        stock = original(*args, **kwargs)
+        config = self.model.__dict__.get("_last_compile_config")
+        if config is None:
+            return stock
+        if self._compiled is None or self._compiled[0] != config:
+            model = self.model
+
+            def scored_forward(*args: Any, **kwargs: Any) -> Any:
+                return model(*args, **kwargs)
+
+            # Dynamo caches by code object and does not look for hooks in its guards: a code object of its own makes
+            # it trace the hooked model, and keeps the trace out of what the model runs once detached.
+            scored_forward.__code__ = scored_forward.__code__.replace()
+            self._compiled = (config, torch.compile(scored_forward, **config.to_dict()))
+        return self._compiled[1]
+
+    _compiled: tuple[Any, Callable[..., Any]] | None = None
+
+    def _reset(self, slots: int, rows: int) -> None:
+        device = self.head.weight.device
+        if self._state is None or (self._state.slots, self._state.max_rows) != (slots, rows):
+            self._state = self.head.init_state(slots, device, max_rows=rows)
+        else:
+            self._state.reset_()
+
+    def _patch(self, name: str, replacement: Callable[..., Any]) -> None:
+        original = getattr(self.model, name)
+        self._set_aside(name)
+        # wraps() keeps the signature, which transformers inspects.
+        self.model.__dict__[name] = functools.wraps(original)(functools.partial(replacement, original))
+
+    def _set_aside(self, name: str) -> None:
+        attributes = self.model.__dict__
+        value = attributes.pop(name, _MISSING)
+
+        def restore() -> None:
+            attributes.pop(name, None)
+            if value is not _MISSING:
+                attributes[name] = value
+
+        self._restore.append(restore)
+
+    def _check_inside(self) -> None:
+        if not self._restore:
+            raise RuntimeError("the scorer is not attached: use it inside `with attach(model, head) as scorer:`")
+
+    def _finished_run(self) -> _Run:
+        if self._run is None:
+            raise RuntimeError("nothing was generated: call model.generate inside the `with` block first")
+        if not self._run.complete:
+            raise RuntimeError("the last generate did not return: it has no scores")
+        return self._run
+
+    def _checked_state(self) -> ScoreState:
+        if self._looping:
+            if not self._scored:
+                raise NotScoredError(
+                    "no forward of one position was scored since begin(): a model that was compiled or captured "
+                    "before attach() does not run its hooks; attach first"
+                )
+        else:
+            run = self._finished_run()
+            assert self._state is not None
+            if not torch.equal(self._state.token_count, run.fed):
+                raise NotScoredError(
+                    f"{self._state.token_count.tolist()} tokens were scored, {run.fed.tolist()} were fed: something "
+                    "else ran the model during generate (a logits processor?), or hooks were skipped"
+                )
+        assert self._state is not None
+        return self._state
+
+
+class _Run:
+    """What one `generate` has fed and sampled so far; int and bool `[rows]` on the device."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows = torch.arange(rows, device=device)
+        self.live = torch.ones(rows, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.next_fed = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.fed = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.trace: list[tuple[Tensor, Tensor]] = []
+        self.complete = False
+
+    def tensors(self) -> list[Tensor]:
+        return [self.rows, self.live, self.ended, self.next_fed, self.fed, self.lengths]
+
+
+class _Criteria(transformers.StoppingCriteriaList):
+    """The stopping criteria of a `generate`, which also tell a scorer which rows are done, and why."""
+
+    def __init__(self, criteria: transformers.StoppingCriteriaList, sampled: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__(criteria)
+        self.sampled = sampled
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        ended = done
+        for criterion in self:
+            met = criterion(input_ids, scores, **kwargs)
+            done = done | met
+            if not isinstance(criterion, transformers.MaxLengthCriteria | transformers.MaxTimeCriteria):
+                ended = ended | met
+        self.sampled(done, ended)
+        return done
+
+
+class _FeedLast:
+    """Feeds the last sampled token once more after `generate`, for heads of span "all"."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self.inputs: dict[str, Any] = {}
+        self.handle = scorer.model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        names = ("past_key_values", "attention_mask", "position_ids")
+        self.inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+    def remove(self) -> None:
+        self.handle.remove()
+        self.inputs = {}
+
+    @torch.no_grad()
+    def run(self, output: Any) -> None:
+        scorer, run = self.scorer, self.scorer._run
+        assert run is not None
+        inputs = dict(self.inputs)
+        returned = not isinstance(output, Tensor)
+        sequences = output.sequences if returned else output
+        if scorer._whole_sequences:
+            token_ids = sequences
+            inputs.pop("position_ids", None)
+        else:
+            token_ids = sequences[:, -1:]
+            if returned:  # the caller's cache keeps its length
+                inputs["past_key_values"] = copy.deepcopy(inputs["past_key_values"])
+        if "attention_mask" in inputs:
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
+        scorer.model(input_ids=token_ids, use_cache=not scorer._whole_sequences, **inputs)
+        run.fed += run.next_fed
+        if scorer._gate_reward is not None:
+            run.trace.append((scorer._gate_reward.clone(), run.next_fed.clone()))
+
+
+def _check_generation(config: Any) -> None:
+    mode = config.get_generation_mode()
+    allowed = ("greedy_search", "sample")
+    if mode.value not in allowed or getattr(config, "prompt_lookup_num_tokens", None):
+        name = "assisted_generation" if mode.value in allowed else mode.value
+        reasons = {
+            "beam_search": "it moves rows between beams at every step",
+            "beam_sample": "it moves rows between beams at every step",
+            "assisted_generation": "it feeds tokens that are rolled back",
+        }
+        reason = reasons.get(name, "it does not decode token by token")
+        raise UnsupportedGenerationError(
+            f"{name.replace('_', ' ')} cannot be scored while decoding, {reason}: use greedy or sampling, or "
+            "score_texts on its answers"
+        )
+    if config.cache_implementation == "paged":
+        _refuse_continuous_batching(None)
+    if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
+        raise UnsupportedGenerationError(
+            "guidance_scale runs the model twice a step: use score_texts on the answers instead"
+        )
+
+
+def _refuse_continuous_batching(_original: Any, *_args: Any, **_kwargs: Any) -> Any:
+    raise UnsupportedGenerationError(
+        "continuous batching packs many sequences into one row: use generate, or score_texts on its answers"
+    )
