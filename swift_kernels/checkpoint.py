@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swift_kernels import features, files
 from swift_kernels.head import HeadConfig, SwiftHead, check_finite
@@ -54,7 +54,7 @@ def save(head: SwiftHead, path: str | Path) -> None:
     files.write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def load(path: str | Path, *, model: nn.Module | None = None, allow_mismatch: bool = False, **hub: Any) -> SwiftHead:
+def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = False, **hub: Any) -> SwiftHead:
     """Loads a head from a folder, or from the Hub when `path` is no folder (`hub`: revision, token, cache_dir, ...).
 
     With `model`, its fingerprint is compared with the one of the head, and the head is moved to its device.
@@ -90,7 +90,7 @@ def push(head: SwiftHead, repo_id: str, **hub: Any) -> str:
 def load_upstream(
     path: str | Path,
     *,
-    model: nn.Module,
+    model: Any,
     layers: str | Sequence[int] = "all",
     apply_norm: bool | None = None,
 ) -> SwiftHead:
@@ -148,7 +148,7 @@ def save_upstream(head: SwiftHead, path: str | Path) -> None:
         torch.save(state, temporary)
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: Any) -> dict[str, Any]:
     """What tells a model from another: architecture, sizes, and 64 values each of final norm and one embedding row."""
     config = features.text_config(model)
     embedding = model.get_input_embeddings().weight
@@ -166,7 +166,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_model(head: SwiftHead, model: nn.Module, *, allow_mismatch: bool = False) -> None:
+def check_model(head: SwiftHead, model: Any, *, allow_mismatch: bool = False) -> None:
     """Raises `ModelMismatchError` when `head` was trained on another model, warns when on a relative of this one."""
     expected = head.config.base_model
     if expected is None:
@@ -193,7 +193,7 @@ def check_model(head: SwiftHead, model: nn.Module, *, allow_mismatch: bool = Fal
         warnings.warn(f"{names}: {reason}; scores may be off", UserWarning, stacklevel=3)
 
 
-def _final_norm(model: nn.Module) -> nn.Module | None:
+def _final_norm(model: Any) -> Any:
     """The norm after the last layer: the last child of the decoder, after its layers, with a weight of its width."""
     layout = features.model_layout(model)
     children = list(layout.decoder.children())

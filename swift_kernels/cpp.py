@@ -1,9 +1,133 @@
-"""Builds (on first use) and loads the C++ kernels of `csrc/`."""
+"""Loads the C++ kernels of `csrc/`: the library shipped in the wheel, or one built on first use.
+
+The sources are compiled by a plain call of the C++ compiler. They see nothing of Python and little of torch, so
+neither ninja nor Python's headers are needed, and no lock is left behind by a build that was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+LIBRARY_NAME = "libswift_kernels.so"
+
+# -ffp-contract=off: a compiler free to fuse a multiply and an add may do so in one copy of the code and not in another,
+# and a row's score would depend on which copy its position selects.
+COMPILE_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
+
+_PACKAGE = Path(__file__).resolve().parent
+_logger = logging.getLogger(__name__)
+_lock = threading.Lock()
+_loaded: Path | None = None
 
 
 class BuildError(RuntimeError):
-    """The C++ kernels cannot be built or loaded here; the message says why."""
+    """The C++ kernels cannot be built or loaded here; the message says why, and what to do."""
 
 
-def load() -> None:
-    raise BuildError("not written yet")
+def load() -> Path:
+    """Registers the C++ kernels with the dispatcher, building them first if need be; returns the library's path."""
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = _load_shipped() or _load_built()
+        return _loaded
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: `$CXX`, or the first of the usual names on the PATH."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            return command
+    raise BuildError("there is no C++ compiler; install g++ or clang++ (or name one in CXX), or a wheel with binaries")
+
+
+def compile_library(output: Path) -> None:
+    """Compiles `csrc/` into the shared library `output`, which appears complete or not at all."""
+    compiler = find_compiler()
+    torch_root = Path(torch.__file__).parent
+    sources = [source for source in _sources() if source.suffix == ".cpp"]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix="build-") as scratch:
+            objects = [Path(scratch, source.stem + ".o") for source in sources]
+            include = f"-I{torch_root / 'include'}"
+            _run_all(
+                [*compiler, *COMPILE_FLAGS, include, "-c", str(source), "-o", str(object_file)]
+                for source, object_file in zip(sources, objects, strict=True)
+            )
+            library = Path(scratch, LIBRARY_NAME)
+            link = ["-shared", *map(str, objects), f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", str(library)]
+            _run_all([[*compiler, *link]])
+            # Processes that build at the same time replace one whole library by another.
+            os.replace(library, output)
+    except OSError as error:
+        raise BuildError(f"cannot build in {output.parent} ({error}); set SWIFT_KERNELS_CACHE to a folder") from error
+
+
+def _load_shipped() -> Path | None:
+    library = _PACKAGE / LIBRARY_NAME
+    if not library.exists():
+        return None
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        _logger.info("%s does not load (%s): building from source", library, error)
+        return None
+    return library
+
+
+def _load_built() -> Path:
+    library = _cache_folder() / _build_key() / LIBRARY_NAME
+    if not library.exists():
+        _logger.info("building the C++ kernels into %s; this happens once", library)
+        compile_library(library)
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise BuildError(f"{library} does not load ({error}); delete it to build it again") from error
+    return library
+
+
+def _cache_folder() -> Path:
+    if folder := os.environ.get("SWIFT_KERNELS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift_kernels"
+
+
+def _build_key() -> str:
+    key = hashlib.sha256(repr((torch.__version__, platform.machine(), COMPILE_FLAGS, find_compiler())).encode())
+    for source in _sources():
+        key.update(source.read_bytes())
+    return key.hexdigest()[:16]
+
+
+def _sources() -> list[Path]:
+    # Inside an installed package, beside it in a source tree.
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if sources := sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h")):
+            return sources
+    raise BuildError(f"the C++ sources are missing from {_PACKAGE / 'csrc'}; install the package again")
+
+
+def _run_all(commands: Iterable[list[str]]) -> None:
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        for command in commands
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        if process.returncode != 0:
+            lines = output.strip().splitlines() or [f"exit status {process.returncode}"]
+            raise BuildError(f"the C++ compiler fails: {next((line for line in lines if 'error' in line), lines[-1])}")

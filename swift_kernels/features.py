@@ -76,7 +76,7 @@ class ModelLayout:
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, ModelLayout] = weakref.WeakKeyDictionary()
 
 
-def model_layout(model: nn.Module) -> ModelLayout:
+def model_layout(model: Any) -> ModelLayout:
     """Finds a model's layers and checks with one short forward that what they are fed is what it returns.
 
     The forward takes three tokens, keeps the training mode, and leaves the random number generators as they were.
@@ -93,7 +93,7 @@ def model_layout(model: nn.Module) -> ModelLayout:
 
 
 def tap(
-    model: nn.Module,
+    model: Any,
     features: str,
     layers: Sequence[int] | None,
     consume: Callable[[int, Tensor], None],
@@ -134,7 +134,7 @@ def scored_tokens(response_ids: Sequence[int], eos_token_ids: Collection[int], s
     return [index for index, token in enumerate(response_ids[:-1]) if token not in eos_token_ids]
 
 
-def text_config(model: nn.Module) -> Any:
+def text_config(model: Any) -> Any:
     """The configuration of the language model, also of a multi-modal one."""
     config = getattr(model, "config", None)
     if config is None:
@@ -157,7 +157,7 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def _find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+def _find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     config = text_config(model)
     name = type(model).__name__
     count = getattr(config, "num_hidden_layers", None)
@@ -173,7 +173,7 @@ def _find_layers(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     raise UnsupportedModelError(f"{name} has no list of {count} decoder layers: its hidden states cannot be read")
 
 
-def _trace(model: nn.Module) -> ModelLayout:
+def _trace(model: Any) -> ModelLayout:
     decoder, layers = _find_layers(model)
     name = type(model).__name__
     inputs: dict[int, Tensor] = {}
@@ -228,7 +228,7 @@ def _identical(captured: Tensor | None, returned: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -106,7 +106,7 @@ class SwiftHead(nn.Module):
     @classmethod
     def for_model(
         cls,
-        model: nn.Module,
+        model: Any,
         layers: str | Sequence[int] = "all",
         gate: bool = True,
         span: str = "fed",
@@ -120,7 +120,7 @@ class SwiftHead(nn.Module):
         from swift_kernels.checkpoint import fingerprint
 
         layout = features.model_layout(model)
-        common = {"gate": gate, "span": span, "dtype": dtype, "task": task, "base_model": fingerprint(model)}
+        common: dict[str, Any] = {"gate": gate, "span": span, "dtype": dtype, "task": task, "base_model": fingerprint(model)}
         if layers == features.LOGITS:
             config = HeadConfig(widths=(layout.vocab_size,), features=features.LOGITS, **common)
         else:
@@ -134,14 +134,14 @@ class SwiftHead(nn.Module):
         return cls(config, device=model.get_input_embeddings().weight.device)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, model: nn.Module | None = None, allow_mismatch: bool = False, **hub: Any):
+    def from_pretrained(cls, path: str, *, model: Any | None = None, allow_mismatch: bool = False, **hub: Any):
         """Loads a head from a folder or from the Hugging Face Hub; see `checkpoint.load`."""
         from swift_kernels import checkpoint
 
         return checkpoint.load(path, model=model, allow_mismatch=allow_mismatch, **hub)
 
     @classmethod
-    def from_upstream(cls, path: str, *, model: nn.Module, layers: str | Sequence[int] = "all", **options: Any):
+    def from_upstream(cls, path: str, *, model: Any, layers: str | Sequence[int] = "all", **options: Any):
         """Loads a `.pt` file of the authors' code; see `checkpoint.load_upstream`."""
         from swift_kernels import checkpoint
 

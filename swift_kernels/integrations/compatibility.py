@@ -11,7 +11,7 @@ from swift_kernels.checkpoint import check_model
 from swift_kernels.head import SwiftHead
 
 
-def check_head(model: nn.Module, head: SwiftHead, *, allow_mismatch: bool = False) -> None:
+def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> None:
     """Raises when the features of `head` cannot be read from `model`, or it was trained on another model."""
     config, layout, name = head.config, features.model_layout(model), type(model).__name__
     check_model(head, model, allow_mismatch=allow_mismatch)
@@ -40,7 +40,7 @@ def check_head(model: nn.Module, head: SwiftHead, *, allow_mismatch: bool = Fals
         )
 
 
-def generating_model(model: nn.Module) -> nn.Module:
+def generating_model(model: Any) -> nn.Module:
     """The model that generates, inside wrappers such as those of torch.compile and PEFT."""
     for module in model.modules():
         if hasattr(module, "generation_config") and hasattr(module, "generate"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swift_kernels import features, reference
 from swift_kernels.head import HeadConfig, SwiftHead
@@ -14,7 +14,7 @@ from swift_kernels.integrations.compatibility import check_context, check_head, 
 
 
 def forward_packed(
-    model: nn.Module,
+    model: Any,
     config: HeadConfig,
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
     consume: Callable[[int, Tensor], None],
@@ -61,7 +61,7 @@ def forward_packed(
 
 
 def score_texts(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     head: SwiftHead,
     prompts: Sequence[str | Sequence[int]],

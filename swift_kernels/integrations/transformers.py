@@ -43,7 +43,7 @@ class NotScoredError(RuntimeError):
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     head: SwiftHead,
     *,
     fuse: str = "gather",
@@ -74,7 +74,7 @@ def attach(
 class Scorer:
     """Scores of one model, while its `with` block lasts; made by `attach`."""
 
-    def __init__(self, model: nn.Module, head: SwiftHead, *, trace: bool = False) -> None:
+    def __init__(self, model: Any, head: SwiftHead, *, trace: bool = False) -> None:
         device = next(model.parameters()).device
         self.model = model
         self.head = head if head.weight.device == device else copy.deepcopy(head).to(device)
@@ -258,11 +258,11 @@ class Scorer:
 
     def _sampled(self, done: Tensor, ended: Tensor) -> None:
         """Called with every sampled token: settles what the last forward fed, and decides what the next will."""
-        run, rows = self._run, done.shape[0]
-        if run is None:
+        run, slots, rows = self._run, self._slots, done.shape[0]
+        if run is None or slots is None:
             self._reset(rows, rows)
             run = self._run = _Run(rows, done.device)
-            self._slots = torch.full((rows,), -1, device=done.device)
+            slots = self._slots = torch.full((rows,), -1, device=done.device)
             self._gate_reward = torch.zeros(rows, 2, device=done.device) if self._keep_trace else None
         else:
             if not self._scored:
@@ -279,7 +279,7 @@ class Scorer:
         run.ended |= live_before & ended
         run.live &= ~done
         run.next_fed = live_before if self.head.config.span == "all" else run.live
-        self._slots.copy_(torch.where(run.next_fed, run.rows, -1))
+        slots.copy_(torch.where(run.next_fed, run.rows, -1))
 
     def _get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         stock = original(*args, **kwargs)

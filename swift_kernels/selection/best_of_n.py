@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.compatibility import check_context
@@ -59,7 +58,7 @@ def best_index(scores: Sequence[float]) -> int:
 
 
 def best_of_n(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompt: str | Sequence[dict[str, str]],
     head: SwiftHead,
