@@ -194,7 +194,7 @@ def _trace(model: Any) -> ModelLayout:
     device = model.get_input_embeddings().weight.device
     token_ids = torch.arange(1, 4, device=device).remainder(text_config(model).vocab_size)[None]
     try:
-        with _evaluating(model), torch.no_grad(), torch.random.fork_rng():
+        with _unchanged(model), torch.no_grad(), torch.random.fork_rng():
             output = model(input_ids=token_ids, output_hidden_states=True, use_cache=False, return_dict=True)
     finally:
         for handle in handles:
@@ -228,12 +228,24 @@ def _identical(captured: Tensor | None, returned: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
+def _unchanged(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its mode, attributes and hooks back.
+
+    Asked for hidden states, transformers installs hooks of its own and leaves them.
+    """
+    before = [
+        (module, set(vars(module)), module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        for module in model.modules()
+    ]
+    for module, *_ in before:
         module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, names, training, hooks, pre_hooks in before:
+            for name in vars(module).keys() - names:
+                del module.__dict__[name]
+            module.training = training
+            for current, kept in ((module._forward_hooks, hooks), (module._forward_pre_hooks, pre_hooks)):
+                for key in current.keys() - kept.keys():
+                    del current[key]

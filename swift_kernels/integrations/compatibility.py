@@ -43,7 +43,7 @@ def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> 
 def generating_model(model: Any) -> nn.Module:
     """The model that generates, inside wrappers such as those of torch.compile and PEFT."""
     for module in model.modules():
-        if hasattr(module, "generation_config") and hasattr(module, "generate"):
+        if any(base.__name__ == "GenerationMixin" for base in type(module).__mro__):
             return module
     raise features.UnsupportedModelError(
         f"{type(model).__name__} cannot generate: expected a causal language model of transformers"

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from swift_kernels import SwiftHead, checkpoint
+from swift_kernels.checkpoint import CheckpointError, ModelMismatchError
+from tests.architectures import randomised, tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(
+    params=[
+        {"layers": "all"},
+        {"layers": [-1, 1], "gate": False},
+        {"layers": "logits", "span": "all", "dtype": "bfloat16", "task": "sums"},
+    ],
+    ids=["all", "subset-mean", "logits-bf16"],
+)
+def head(request, model):
+    return SwiftHead.for_model(model, **request.param)
+
+
+def test_round_trip(head, model, tmp_path):
+    head.save_pretrained(tmp_path / "head")
+    loaded = SwiftHead.from_pretrained(tmp_path / "head", model=model)
+    assert loaded.config == head.config
+    assert torch.equal(loaded.weight, head.weight)
+    assert torch.equal(loaded.bias, head.bias)
+    assert loaded.weight.dtype == head.weight.dtype
+    assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_config_says_how_layers_are_numbered(head, tmp_path):
+    head.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["layers_convention"].startswith("Hugging Face hidden_states: 0 is the input")
+    assert config["widths"] == list(head.config.widths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_copies_in_other_dtypes_pass(dtype, recwarn):
+    head = SwiftHead.for_model(tiny_model("llama"))
+    checkpoint.check_model(head, tiny_model("llama", dtype))
+    assert not recwarn.list
+
+
+def test_eight_bit_weights_pass(recwarn):
+    """Blocks of 32 values rounded to 255 steps, as Q8_0 stores them."""
+    model = tiny_model("llama")
+    head = SwiftHead.for_model(model)
+    config = type(model.config)(**model.config.to_dict())
+    quantised = randomised(config)
+    weight = quantised.get_input_embeddings().weight.data.view(-1, 32)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    weight.copy_((weight / scale).round() * scale)
+    checkpoint.check_model(head, quantised)
+    assert not recwarn.list
+
+
+def test_a_fine_tune_warns():
+    model = randomised(tiny_model("llama").config)
+    head = SwiftHead.for_model(model)
+    model.get_input_embeddings().weight.data *= 1.05
+    with pytest.warns(UserWarning, match="as a fine-tune's would be"):
+        checkpoint.check_model(head, model)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_another_model_is_refused_with_both_named(name):
+    head = SwiftHead.for_model(tiny_model("llama"))
+    other = tiny_model(name)
+    with pytest.raises(ModelMismatchError, match=rf"LlamaForCausalLM.*{type(other).__name__}"):
+        checkpoint.check_model(head, other)
+    with pytest.warns(UserWarning, match="scores may be off"):
+        checkpoint.check_model(head, other, allow_mismatch=True)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    SwiftHead.for_model(model).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        if value is None:
+            del config[key]
+        else:
+            config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, **changes):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    for key, value in changes.items():
+        if value is None:
+            del tensors[key]
+        else:
+            tensors[key] = value
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json does not exist"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors does not exist"),
+        (lambda folder: (folder / "config.json").write_text('{"format_version": 1, "wid'), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "format version 1"),
+        (lambda folder: edit_config(folder, format_version=2), "format version 1"),
+        (lambda folder: edit_config(folder, gate=None), r"lacks keys \['gate'\]"),
+        (lambda folder: edit_config(folder, color=1), r"unknown keys \['color'\]"),
+        (lambda folder: edit_config(folder, layers_convention="vLLM"), "numbers layers otherwise"),
+        (lambda folder: edit_config(folder, widths=[32, 32]), "4 layers but 2 widths"),
+        (lambda folder: edit_config(folder, gate=False), r"weight is torch\.float32 of shape \[2, 128\]"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:99]),
+            "is it truncated",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (folder / "model.safetensors").read_bytes()[:-8]
+            ),
+            "is it truncated",
+        ),
+        (lambda folder: edit_weights(folder, bias=None), r"lacks keys \['bias'\]"),
+        (lambda folder: edit_weights(folder, scale=torch.ones(1)), r"extra keys \['scale'\]"),
+        (lambda folder: edit_weights(folder, bias=torch.tensor([0.0, torch.nan])), r"bias\[1\] is nan"),
+        (lambda folder: edit_weights(folder, weight=torch.full((2, 128), torch.inf)), r"weight\[0, 0\] is inf"),
+    ],
+    ids=[
+        "no-config", "no-weights", "torn-config", "binary-config", "list-config", "version", "missing-key",
+        "unknown-key", "convention", "widths", "gate", "truncated-header", "truncated-data", "missing-tensor",
+        "extra-tensor", "nan", "inf",
+    ],
+)  # fmt: skip
+def test_damaged_checkpoints_are_refused_by_name(saved, damage, message):
+    damage(saved)
+    with pytest.raises((CheckpointError, ValueError), match=message) as error:
+        SwiftHead.from_pretrained(saved)
+    assert str(saved) in str(error.value)
+
+
+def test_neither_folder_nor_repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="is neither a folder"):
+        SwiftHead.from_pretrained(str(tmp_path / "nowhere"))
+
+
+def test_a_diverged_head_is_not_saved(model, tmp_path):
+    head = SwiftHead.for_model(model)
+    head.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    head.weight.data[1, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"weight\[1, 3\] is nan.*diverge"):
+        head.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "mean"])
+@pytest.mark.parametrize("layers", ["all", [1, 3], "logits"], ids=["all", "subset", "logits"])
+def test_upstream_round_trip(model, gate, layers, tmp_path):
+    head = SwiftHead.for_model(model, layers, gate=gate)
+    checkpoint.save_upstream(head, tmp_path / "reward_model_ce.pt")
+    raw = torch.load(tmp_path / "reward_model_ce.pt", weights_only=True)
+    name = "fused_layer" if gate else "reward_layer"
+    assert {key: tuple(value.shape) for key, value in raw.items()} == {
+        f"{name}.weight": tuple(head.weight.shape),
+        f"{name}.bias": tuple(head.bias.shape),
+    }
+    loaded = SwiftHead.from_upstream(tmp_path / "reward_model_ce.pt", model=model, layers=layers)
+    assert torch.equal(loaded.weight, head.weight)
+    assert loaded.config.layers == head.config.layers
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: torch.save({"fused_layer.weight": Payload()}, path), "holds more than tensors"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 torn"), "is it truncated"),
+        (lambda path: path.write_bytes(b""), "is it truncated"),
+        (lambda path: torch.save({"linear.weight": torch.ones(2, 128)}, path), "has keys"),
+        (lambda path: torch.save([torch.ones(2)], path), "holds a list"),
+        (
+            lambda path: torch.save({"fused_layer.weight": torch.ones(2, 64), "fused_layer.bias": torch.ones(2)}, path),
+            r"has shape \[2, 64\]: expected \[2, 128\]",
+        ),
+        (
+            lambda path: torch.save(
+                {"fused_layer.weight": torch.full((2, 128), torch.nan), "fused_layer.bias": torch.ones(2)}, path
+            ),
+            "is nan",
+        ),
+    ],
+    ids=["pickle", "torn", "empty", "keys", "list", "shape", "nan"],
+)
+def test_upstream_files_that_cannot_be_used(model, make, message, tmp_path, capsys):
+    path = tmp_path / "reward.pt"
+    make(path)
+    with pytest.raises((CheckpointError, ValueError), match=message) as error:
+        SwiftHead.from_upstream(path, model=model)
+    assert str(path) in str(error.value)
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_heads_of_normalised_layers_are_refused(model, tmp_path):
+    path = tmp_path / "reward_model_ce_norm_llama.pt"
+    checkpoint.save_upstream(SwiftHead.for_model(model), path)
+    with pytest.raises(CheckpointError, match="--apply_norm"):
+        SwiftHead.from_upstream(path, model=model)
+    SwiftHead.from_upstream(path, model=model, apply_norm=False)
+    with pytest.raises(CheckpointError, match="from_upstream"):
+        SwiftHead.from_pretrained(path)
+
+
+SAVING = """
+import resource, signal, sys, torch
+from swift_kernels import SwiftHead
+head = SwiftHead([4096] * 33)
+print("ready", flush=True)
+{before}
+head.save_pretrained(sys.argv[1])
+"""
+
+
+def run_saving(before, folder, **options):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SAVING).format(before=before), str(folder)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(saved):
+    """A limit on file size is what a full disk looks like to the writer."""
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    limit = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    result = run_saving(limit, saved)
+    assert result.returncode != 0
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_an_interrupt_while_writing_leaves_the_old_checkpoint(saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    interrupt = (
+        "import safetensors.torch as st, os; original = st.save_file\n"
+        "st.save_file = lambda *a: (original(*a), os.kill(os.getpid(), signal.SIGINT), signal.pause())"
+    )
+    result = run_saving(interrupt, saved)
+    assert result.returncode in (1, -signal.SIGINT, 130)
+    assert "KeyboardInterrupt" in result.stderr
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
