@@ -26,6 +26,9 @@ LAYERS_CONVENTION = (
     "Hugging Face hidden_states: 0 is the input of the first decoder layer, num_hidden_layers the model's final output"
 )
 
+PACKAGED_HEADS = Path(__file__).parent / "heads"
+"""Heads that ship with the package, a folder each."""
+
 FINGERPRINT_VALUES = 64
 SAME_TOLERANCE = 0.01
 """Relative distance below which values count as the same weights: bfloat16 rounds within 0.004, 8-bit blocks within
@@ -55,9 +58,10 @@ def save(head: SwiftHead, path: str | Path) -> None:
 
 
 def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = False, **hub: Any) -> SwiftHead:
-    """Loads a head from a folder, or from the Hub when `path` is no folder (`hub`: revision, token, cache_dir, ...).
+    """Loads a head from a folder, by the name of one that ships with the package, or from the Hub.
 
-    With `model`, its fingerprint is compared with the one of the head, and the head is moved to its device.
+    With `model`, its fingerprint is compared with the one of the head, and the head is moved to its device. `hub` takes
+    what the Hub's download takes: revision, token, cache_dir and so on.
 
     Raises:
         CheckpointError: a file is missing, truncated, has missing or extra keys, or holds non-finite weights.
@@ -65,7 +69,9 @@ def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = F
     """
     if Path(path).suffix in (".pt", ".pth", ".bin"):
         raise CheckpointError(f"{path} is a pickle: load heads of the authors' code with SwiftHead.from_upstream")
-    folder = Path(path) if Path(path).is_dir() else _download(str(path), **hub)
+    folder = next((place for place in (Path(path), PACKAGED_HEADS / path) if place.is_dir()), None)
+    if folder is None:
+        folder = _download(str(path), **hub)
     head = SwiftHead(_read_config(folder / CONFIG_NAME))
     head.load_state_dict(_read_weights(folder / WEIGHTS_NAME, head))
     check_finite(head, str(folder / WEIGHTS_NAME))

@@ -81,13 +81,16 @@ class Scorer:
         self._keep_trace = trace
         self._state: ScoreState | None = None
         self._slots: Tensor | None = None
+        self._own_slots: Tensor | None = None
         self._gate_reward: Tensor | None = None
         self._entries: list[Tensor] = []
         self._last_entry = len(head.config.widths) - 1
         self._whole_sequences = False
+        self._active = False
         self._scored = False
         self._run: _Run | None = None
         self._looping = False
+        self._compiled: tuple[Any, Callable[..., Any]] | None = None
         self._restore: list[Callable[[], None]] = []
 
     def __enter__(self) -> Scorer:
@@ -112,7 +115,7 @@ class Scorer:
         while self._restore:
             self._restore.pop()()
         self._entries.clear()
-        self._looping = False
+        self._active = self._looping = False
 
     def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
         """Scores every one-position forward from now on, for a hand-written loop or a captured CUDA graph.
@@ -135,6 +138,7 @@ class Scorer:
         self._whole_sequences = self._scored = False
         self._reset(slots.shape[0] if num_slots is None else num_slots, slots.shape[0])
         self._slots = slots
+        self._active = True
 
     def scores(self) -> Tensor:
         """float32 scores, `[rows]` in the order of the last `generate`'s output, or `[slots]` after `begin`.
@@ -180,7 +184,7 @@ class Scorer:
         """Bytes of scratch, constant: the kernel's partial sums and counters, and the bookkeeping of the rows."""
         if self._state is None:
             return 0
-        held = [self._slots, self._gate_reward] + ([] if self._run is None else self._run.tensors())
+        held = [self._own_slots, self._gate_reward] + ([] if self._run is None else self._run.tensors())
         return self._state.scratch_nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def describe(self) -> str:
@@ -195,8 +199,7 @@ class Scorer:
 
     def _consume(self, k: int, entry: Tensor) -> None:
         """Receives the selected entries of a forward in turn, and scores the step at the last one."""
-        state = self._state
-        if state is None or self._slots is None:
+        if not self._active:
             return
         if entry.shape[1] == 1:
             self._entries.append(entry[:, 0])
@@ -207,14 +210,15 @@ class Scorer:
             return
         if k == self._last_entry:
             entries, self._entries = self._entries, []
-            self.head.step(entries, state, self._slots, self._gate_reward)
+            assert self._state is not None
+            assert self._slots is not None
+            self.head.step(entries, self._state, self._slots, self._gate_reward)
             self._scored = True
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._check_call(original, args, kwargs)
-        self._looping = False
-        self._run = self._slots = None
-        self._entries.clear()
+        self._active = self._looping = False
+        self._run = None
         feed = _FeedLast(self) if self.head.config.span == "all" else None
         try:
             output = original(*args, **kwargs)
@@ -228,8 +232,7 @@ class Scorer:
             if feed is not None:
                 feed.remove()
             self._entries.clear()
-            if self._slots is not None:
-                self._slots.fill_(-1)
+            self._active = False
 
     def _check_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what never reaches `_get_stopping_criteria`: other decoding loops and engines."""
@@ -258,12 +261,12 @@ class Scorer:
 
     def _sampled(self, done: Tensor, ended: Tensor) -> None:
         """Called with every sampled token: settles what the last forward fed, and decides what the next will."""
-        run, slots, rows = self._run, self._slots, done.shape[0]
-        if run is None or slots is None:
+        run, rows = self._run, done.shape[0]
+        if run is None:
             self._reset(rows, rows)
             run = self._run = _Run(rows, done.device)
-            slots = self._slots = torch.full((rows,), -1, device=done.device)
-            self._gate_reward = torch.zeros(rows, 2, device=done.device) if self._keep_trace else None
+            self._slots = self._own_slots
+            self._active = True
         else:
             if not self._scored:
                 raise NotScoredError(
@@ -279,7 +282,8 @@ class Scorer:
         run.ended |= live_before & ended
         run.live &= ~done
         run.next_fed = live_before if self.head.config.span == "all" else run.live
-        slots.copy_(torch.where(run.next_fed, run.rows, -1))
+        assert self._slots is not None
+        self._slots.copy_(torch.where(run.next_fed, run.rows, -1))
 
     def _get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         stock = original(*args, **kwargs)
@@ -296,16 +300,36 @@ class Scorer:
             # it trace the hooked model, and keeps the trace out of what the model runs once detached.
             scored_forward.__code__ = scored_forward.__code__.replace()
             self._compiled = (config, torch.compile(scored_forward, **config.to_dict()))
+            self._mark_static()
         return self._compiled[1]
 
-    _compiled: tuple[Any, Callable[..., Any]] | None = None
-
     def _reset(self, slots: int, rows: int) -> None:
+        """Empties the state, or makes one; buffers of a fitting size are kept, as a recorded graph knows them."""
         device = self.head.weight.device
         if self._state is None or (self._state.slots, self._state.max_rows) != (slots, rows):
             self._state = self.head.init_state(slots, device, max_rows=rows)
+            self._own_slots = torch.full((rows,), -1, device=device)
+            self._gate_reward = torch.zeros(rows, 2, device=device) if self._keep_trace else None
+            if self._compiled is not None:
+                self._mark_static()
         else:
             self._state.reset_()
+
+    def _mark_static(self) -> None:
+        """Tells torch.compile that the buffers stay in place; it records no CUDA graph over other mutated inputs."""
+        if self._state is None:
+            return
+        state = self._state
+        for buffer in (
+            state.sums,
+            state.token_count,
+            state.partials,
+            state.arrivals,
+            self._own_slots,
+            self._gate_reward,
+        ):
+            if buffer is not None:
+                torch._dynamo.mark_static_address(buffer)
 
     def _patch(self, name: str, replacement: Callable[..., Any]) -> None:
         original = getattr(self.model, name)

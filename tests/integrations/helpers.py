@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def check_parity(model: Any, head: SwiftHead, inputs: dict[str, torch.Tensor], c
         )
         responses = responses_of(scorer, output.sequences, inputs["input_ids"].shape[1])
         tokens = captured_tokens(output, head, responses, eos_token_ids(model))
-        expected, bound = oracle(tokens, head)
+        tokens = [[entry.cpu() for entry in entries] for entries in tokens]
+        expected, bound = oracle(tokens, copy.deepcopy(head).cpu())
         assert_scores(scorer.scores(), expected, bound)
         assert scorer.token_counts().tolist() == [entries[0].shape[0] for entries in tokens]
     if torch.equal(output.sequences, plain):

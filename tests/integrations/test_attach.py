@@ -271,7 +271,8 @@ def test_plain_forwards_between_generations_are_not_scored(model, head, prompts)
     with attach(model, head) as scorer, torch.no_grad():
         generate(model, prompts)
         before = scorer.scores()
-        model(input_ids=torch.full((3, 1), 9))
+        for rows in (3, 1, 8):
+            model(input_ids=torch.full((rows, 1), 9))
         assert torch.equal(before, scorer.scores())
 
 

@@ -1,0 +1,14 @@
+"""Scores answers that exist already: one forward a batch, no hidden state kept."""
+
+from swift_kernels import SwiftHead, score_texts
+from swift_kernels.integrations.models import load_model
+
+model, tokenizer = load_model("smollm2")
+head = SwiftHead.from_pretrained("smollm2-135m-sums", model=model)
+
+prompt = "Question: What is 12 + 5?\nAnswer: 12 + 5 = 17\n\nQuestion: What is 38 + 27?\nAnswer:"
+answers = [" 38 + 27 = 65\n", " 38 + 27 = 63\n", " 38 + 27 = 55\n", " 38 + 27 = 38\n"]
+scores = score_texts(model, tokenizer, head, [prompt] * len(answers), answers)
+
+for score, answer in sorted(zip(scores.tolist(), answers, strict=True), reverse=True):
+    print(f"{score:7.3f}  {answer.strip()}")

@@ -1,0 +1,136 @@
+"""`attach` on a CUDA device: the Triton kernel, the compilation that transformers does by itself, and CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from swift_kernels import SwiftHead, attach
+from swift_kernels.integrations.compatibility import eos_token_ids
+from swift_kernels.schema import implementation
+from tests.architectures import NAMED, tiny_model
+from tests.integrations.helpers import check_parity, generate, responses_of
+from tests.oracle import assert_scores, captured_tokens, oracle
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(name, dtype=torch.float32):
+    return copy.deepcopy(tiny_model(name, dtype)).to("cuda")
+
+
+@pytest.fixture
+def gpu_prompts(prompts):
+    return {name: value.cuda() for name, value in prompts.items()}
+
+
+def test_triton_runs():
+    assert implementation("cuda") == "triton"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill_chunk_size": 3}, {"use_cache": False}], ids=["dynamic", "chunks", "no-cache"]
+)
+@pytest.mark.parametrize("name", NAMED)
+def test_parity(name, options, gpu_prompts):
+    model = on_gpu(name)
+    check_parity(model, SwiftHead.for_model(model), gpu_prompts, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_level_a_in_half_precision(name, dtype, gpu_prompts):
+    model = on_gpu(name, dtype)
+    head = SwiftHead.for_model(model)
+    with attach(model, head) as scorer:
+        output = generate(model, gpu_prompts, return_dict_in_generate=True, output_hidden_states=True)
+        responses = responses_of(scorer, output.sequences, gpu_prompts["input_ids"].shape[1])
+        tokens = captured_tokens(output, head, responses, eos_token_ids(model))
+        on_cpu = [[entry.cpu() for entry in row] for row in tokens]
+        assert_scores(scorer.scores(), *oracle(on_cpu, copy.deepcopy(head).cpu()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral"])
+def test_static_cache_is_compiled_and_replayed(name, gpu_prompts):
+    """On a GPU transformers compiles the decode step of a static cache by itself, with CUDA graphs."""
+    model = on_gpu(name)
+    head = SwiftHead.for_model(model)
+    with attach(model, head) as scorer:
+        generate(model, gpu_prompts)
+        eager, counts = scorer.scores(), scorer.token_counts()
+        for _ in range(3):
+            generate(model, gpu_prompts, cache_implementation="static")
+            assert scorer._compiled is not None
+            if torch.equal(scorer.token_counts(), counts):
+                torch.testing.assert_close(scorer.scores(), eager, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_a_captured_decode_loop(gpu_prompts):
+    """Replayed with other inputs and other slots, a graph gives what eager steps give."""
+    model = on_gpu("llama")
+    head = SwiftHead.for_model(model)
+    token = torch.full((3, 1), 9, device="cuda")
+    slots = torch.arange(3, device="cuda")
+
+    def step():
+        model(input_ids=token, use_cache=False)
+
+    with attach(model, head) as scorer, torch.no_grad():
+        scorer.begin(slots)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        inputs = [torch.randint(6, 96, (3, 1), device="cuda") for _ in range(5)]
+        routes = [[0, 1, 2], [2, 1, 0], [0, -1, 1], [1, 2, -1], [-1, -1, 0]]
+        results = []
+        for run in (graph.replay, step):
+            scorer._state.reset_()
+            for values, route in zip(inputs, routes, strict=True):
+                token.copy_(values)
+                slots.copy_(torch.tensor(route))
+                run()
+            results.append((scorer.scores(), scorer.token_counts()))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_synchronisation_in_a_step(gpu_prompts):
+    model = on_gpu("llama")
+    head = SwiftHead.for_model(model)
+    state = head.init_state(3)
+    entries = [torch.randn(3, 32, device="cuda") for _ in head.config.widths]
+    slots = torch.tensor([0, -1, 2], device="cuda")
+    head.step(entries, state, slots)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            head.step(entries, state, slots)
+        state.reset_(slots)
+        state.reorder_(torch.arange(3, device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert state.token_count.tolist() == [0, 0, 0]
+
+
+def test_bytes_on_the_device_do_not_grow(gpu_prompts):
+    model = on_gpu("llama")
+    head = SwiftHead.for_model(model)
+    held = {}
+    with attach(model, head) as scorer, torch.no_grad():
+        for steps in (32, 4096):
+            scorer.begin(torch.arange(3, device="cuda"))
+            for _ in range(steps):
+                model(input_ids=torch.full((3, 1), 9, device="cuda"), use_cache=False)
+            torch.cuda.synchronize()
+            held[steps] = (scorer.nbytes, scorer.scratch_nbytes, torch.cuda.memory_allocated())
+    assert held[32] == held[4096]

@@ -1,0 +1,99 @@
+"""SmolLM2-135M and Gemma-3-270M with their real weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swift_kernels import SwiftHead, attach, best_of_n, score_texts
+from tests.integrations.helpers import check_parity, generate, responses_of, unpadded
+
+QUESTIONS = [
+    "Question: What is 12 + 5?\nAnswer: 12 + 5 = 17\n\nQuestion: What is 31 + 7?\nAnswer:",
+    "The capital of France is",
+    "One, two, three,",
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(real_model):
+    _, tokenizer = real_model
+    encoded = tokenizer(QUESTIONS, return_tensors="pt", padding=True, padding_side="left")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.fixture(scope="module")
+def head(real_model):
+    torch.manual_seed(0)
+    return SwiftHead.for_model(real_model[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 8},
+        {"stop_strings": ["\n", ".", " 3"]},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_parity(real_model, head, inputs, options):
+    model, tokenizer = real_model
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": tokenizer}
+    check_parity(model, head, inputs, copies=2, max_new_tokens=12, **options)
+
+
+@pytest.mark.parametrize("layers", [[16, -1], "logits"], ids=["subset", "logits"])
+def test_parity_features(real_model, inputs, layers):
+    model, _ = real_model
+    check_parity(model, SwiftHead.for_model(model, layers), inputs, copies=1, max_new_tokens=8)
+
+
+def test_rows_ended_by_a_stop_string(real_model, head, inputs):
+    model, tokenizer = real_model
+    with attach(model, head) as scorer:
+        output = generate(
+            model, inputs, do_sample=False, max_new_tokens=12, stop_strings=["\n", ","], tokenizer=tokenizer
+        )
+    responses = responses_of(scorer, output, inputs["input_ids"].shape[1])
+    ended = [any(stop in tokenizer.decode(response) for stop in ("\n", ",")) for response in responses]
+    assert any(ended)
+    assert scorer.finished().tolist() == ended
+    assert scorer.token_counts().tolist() == [len(response) - 1 for response in responses]
+
+
+def test_texts_score_as_their_tokens_do(real_model, head, inputs):
+    """`score_texts` on text equals it on ids where the tokenizer gives the same ids again."""
+    model, tokenizer = real_model
+    prompts = unpadded(inputs, 1)
+    responses = [" 38", " Paris, of course", " four, five"]
+    ids = [tokenizer(response, add_special_tokens=False)["input_ids"] for response in responses]
+    end = model.generation_config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    from_text = score_texts(model, tokenizer, head, QUESTIONS, responses)
+    torch.testing.assert_close(
+        from_text, score_texts(model, tokenizer, head, prompts, [[*row, end] for row in ids]), rtol=0, atol=0
+    )
+    truncated = score_texts(model, tokenizer, head, QUESTIONS, responses, finished=False)
+    torch.testing.assert_close(truncated, score_texts(model, tokenizer, head, prompts, ids), rtol=0, atol=0)
+    alone = torch.cat(
+        [score_texts(model, tokenizer, head, [q], [r]) for q, r in zip(QUESTIONS, responses, strict=True)]
+    )
+    torch.testing.assert_close(from_text, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_best_of_n(real_model, head):
+    model, tokenizer = real_model
+    torch.manual_seed(0)
+    best = best_of_n(model, tokenizer, QUESTIONS[0], head, n=5, batch_size=2, max_new_tokens=8)
+    assert len(best.candidates) == 5
+    assert best.score == max(candidate.score for candidate in best.candidates)
+    assert best.text == tokenizer.decode(best.best.token_ids, skip_special_tokens=True)
+    prompt = tokenizer(QUESTIONS[0])["input_ids"]
+    again = score_texts(model, tokenizer, head, [prompt] * 5, [candidate.token_ids for candidate in best.candidates])
+    torch.testing.assert_close(
+        torch.tensor([candidate.score for candidate in best.candidates]), again, rtol=1e-3, atol=1e-4
+    )

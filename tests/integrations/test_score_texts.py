@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swift_kernels import SwiftHead, best_of_n, score_texts
+from swift_kernels.features import scored_tokens
+from swift_kernels.selection.best_of_n import best_index
+from tests.architectures import tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def head(model):
+    torch.manual_seed(0)
+    return SwiftHead.for_model(model)
+
+
+@pytest.mark.parametrize(
+    ("response", "span", "expected"),
+    [
+        ([7, 8, 9], "fed", [0, 1]),
+        ([7, 8, 1], "fed", [0, 1]),
+        ([1], "fed", []),
+        ([7], "fed", []),
+        ([], "fed", []),
+        ([7, 1, 9], "fed", [0]),
+        ([7, 8, 1], "all", [0, 1, 2]),
+    ],
+    ids=["truncated", "finished", "eos-only", "one", "empty", "eos-inside", "all"],
+)
+def test_which_tokens_count(response, span, expected):
+    assert scored_tokens(response, [1, 2], span) == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("layers", ["all", [2], "logits"], ids=["all", "one", "logits"])
+def test_scores_do_not_depend_on_the_batch(model, layers, batch_size):
+    torch.manual_seed(0)
+    head = SwiftHead.for_model(model, layers)
+    prompts = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16], [9, 9]]
+    responses = [[20, 21, 22, 1], [30, 31, 32], [40, 1], [50, 51, 52, 53, 54]]
+    alone = torch.cat([score_texts(model, None, head, [p], [r]) for p, r in zip(prompts, responses, strict=True)])
+    together = score_texts(model, None, head, prompts, responses, batch_size=batch_size)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_without_scored_tokens_have_no_score(model, head):
+    scores = score_texts(model, None, head, [[7], [7], [7], [7]], [[1], [9], [], [9, 10]])
+    assert scores.isnan().tolist() == [True, True, True, False]
+    assert score_texts(model, None, head, [], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "options", "message"),
+    [
+        ([[7]], [], {}, "1 prompts and 0 responses"),
+        ([[7], []], [[8], [8]], {}, r"prompts\[1\] is empty"),
+        ([""], [[8]], {}, r"prompts\[0\] is empty"),
+        ([[7] * 120], [[8] * 20], {}, "139 tokens: LlamaForCausalLM takes at most 128"),
+        ([[7]], [[8]], {"batch_size": 0}, "batch_size is 0"),
+        ([[7]], [[8]], {"finished": [True, True]}, "finished has 2 values"),
+    ],
+    ids=["count", "empty-ids", "empty-text", "context", "batch-size", "finished"],
+)
+def test_bad_input_is_named(model, head, prompts, responses, options, message):
+    tokenizer = lambda text, **_: {"input_ids": [ord(character) % 90 + 6 for character in text]}  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        score_texts(model, tokenizer, head, prompts, responses, **options)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([0.1, 0.3, 0.2], 1), ([float("nan"), -5.0], 1), ([0.2, 0.2], 0), ([-1.0], 0)],
+    ids=["greatest", "nan", "tie", "one"],
+)
+def test_best_index(scores, best):
+    assert best_index(scores) == best
+
+
+def test_nothing_to_choose_from():
+    with pytest.raises(ValueError, match="none of 2 candidates has a score"):
+        best_index([float("nan")] * 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("a prompt", {"n": 0}, "n is 0"),
+        ("", {}, "prompt is empty"),
+        ("a prompt", {"batch_size": 0}, "batch_size is 0"),
+        ("long " * 128, {}, "takes at most"),
+    ],
+    ids=["n", "empty", "batch-size", "context"],
+)
+def test_best_of_n_names_what_is_wrong(model, head, prompt, options, message):
+    class Words:
+        pad_token_id = 0
+
+        def __call__(self, text, return_tensors):
+            ids = torch.tensor([[6 + len(word) for word in text.split()]])
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    with pytest.raises(ValueError, match=message):
+        best_of_n(model, Words(), prompt, head, **options)
