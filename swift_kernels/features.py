@@ -87,7 +87,7 @@ def model_layout(model: Any) -> ModelLayout:
             width].
     """
     layout = _LAYOUTS.get(model)
-    if layout is None:
+    if layout is None or len(layout.widths) != len(layout.layers) + 1:  # layers may have been cut off since
         layout = _LAYOUTS[model] = _trace(model)
     return layout
 

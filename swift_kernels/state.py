@@ -38,10 +38,12 @@ class ScoreState:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}: expected at least 1")
         self.widths = tuple(widths)
-        self.sums = torch.zeros(slots, 2, dtype=torch.float32, device=device)
-        self.token_count = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.partials = torch.zeros(max_rows, partials_per_row(widths), 2, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        # Tensors made under inference_mode could not be updated outside of it later.
+        with torch.inference_mode(False):
+            self.sums = torch.zeros(slots, 2, dtype=torch.float32, device=device)
+            self.token_count = torch.zeros(slots, dtype=torch.int32, device=device)
+            self.partials = torch.zeros(max_rows, partials_per_row(widths), 2, dtype=torch.float32, device=device)
+            self.arrivals = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     @property
     def slots(self) -> int:

@@ -308,8 +308,9 @@ class Scorer:
         device = self.head.weight.device
         if self._state is None or (self._state.slots, self._state.max_rows) != (slots, rows):
             self._state = self.head.init_state(slots, device, max_rows=rows)
-            self._own_slots = torch.full((rows,), -1, device=device)
-            self._gate_reward = torch.zeros(rows, 2, device=device) if self._keep_trace else None
+            with torch.inference_mode(False):
+                self._own_slots = torch.full((rows,), -1, device=device)
+                self._gate_reward = torch.zeros(rows, 2, device=device) if self._keep_trace else None
             if self._compiled is not None:
                 self._mark_static()
         else:

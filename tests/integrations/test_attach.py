@@ -456,6 +456,40 @@ def test_begin_scores_a_hand_written_loop(model, head, prompts):
         assert scorer.scores()[3:].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_begin_scores_a_loop_step_compiled_as_one_graph(model, head, backend):
+    """`fullgraph=True` raises on any graph break; attached first, the compiled step scores as the eager one does."""
+    slots = torch.tensor([1, 0, 2])
+    tokens = torch.randint(6, 96, (6, 3, 1), generator=torch.Generator().manual_seed(0))
+
+    def step(token_ids):
+        return model(input_ids=token_ids, use_cache=False).logits
+
+    results = []
+    with torch.no_grad(), attach(model, head) as scorer:
+        for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
+            scorer.begin(slots)
+            slots.copy_(torch.tensor([1, 0, 2]))
+            logits = [run(token_ids) for token_ids in tokens[:3]]
+            slots[1] = -1
+            logits += [run(token_ids) for token_ids in tokens[3:]]
+            results.append((scorer.scores(), scorer.token_counts(), torch.stack(logits)))
+    assert results[0][1].tolist() == results[1][1].tolist() == [3, 6, 6]
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["inference-mode-first", "inference-mode-last"])
+def test_inference_mode_and_no_grad_may_alternate(model, head, prompts, first):
+    results = []
+    with attach(model, head) as scorer:
+        for inference in (first, not first):
+            with torch.inference_mode(inference):
+                generate(model, prompts)
+            results.append(scorer.scores())
+    assert torch.equal(*results)
+
+
 def test_begin_rejects_other_slots(model, head):
     with attach(model, head) as scorer, pytest.raises(ValueError, match="expected int64"):
         scorer.begin(torch.zeros(3, dtype=torch.int32))
