@@ -190,7 +190,11 @@ class Scorer:
     def describe(self) -> str:
         """What runs where, in a line."""
         config = self.head.config
-        source = config.features if config.layers is None else f"hidden_states {list(config.layers)}"
+        source = config.features
+        if config.layers is not None:
+            first, last = config.layers[0], config.layers[-1]
+            every = len(config.layers) == last - first + 1 > 1
+            source += f" {first}..{last}" if every else f" {list(config.layers)}"
         device = self.head.weight.device
         return (
             f"{type(self.model).__name__}: {source}, {config.num_features} features, gather, one "
