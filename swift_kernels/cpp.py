@@ -76,8 +76,13 @@ def compile_library(output: Path) -> None:
         raise BuildError(f"cannot build in {output.parent} ({error}); set SWIFT_KERNELS_CACHE to a folder") from error
 
 
+def shipped_library() -> Path:
+    """Where a wheel with binaries has its library."""
+    return _PACKAGE / LIBRARY_NAME
+
+
 def _load_shipped() -> Path | None:
-    library = _PACKAGE / LIBRARY_NAME
+    library = shipped_library()
     if not library.exists():
         return None
     try:
@@ -107,7 +112,7 @@ def _cache_folder() -> Path:
 
 
 def _build_key() -> str:
-    key = hashlib.sha256(repr((torch.__version__, platform.machine(), COMPILE_FLAGS, find_compiler())).encode())
+    key = hashlib.sha256(repr((torch.__version__, platform.machine(), COMPILE_FLAGS)).encode())
     for source in _sources():
         key.update(source.read_bytes())
     return key.hexdigest()[:16]
