@@ -1,0 +1,352 @@
+"""`score_step` in Triton: one launch reads every entry where the model left it and updates the running means.
+
+A program reduces one chunk of FEATURE_CHUNK columns for a block of rows to two fp32 partial sums a row. A warp holds
+whole rows of a chunk, so the order in which a row is added up depends on its width and dtype alone, never on the rows
+beside it. The last program to arrive at a row block adds the block's partials in order and updates the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from swift_kernels.schema import FEATURE_CHUNK, check_slots, check_step, debug_checks, partials_per_row
+
+SPAN = FEATURE_CHUNK // 4
+"""Columns of one load of a row: 32 lanes of 16 bytes in bf16 and fp16."""
+TILE_ROWS, TILES = 8, 4
+"""Rows of one load, a warp each (on AMD a wavefront of 64 lanes takes two), and the tiles of a program.
+
+A program keeps its weight in registers for all its tiles: an fp32 weight then adds an eighth to the 16-bit hidden
+states read through L2, and 64 rows still make two programs for each of 132 multiprocessors. On sm_90 that takes 128
+registers: two programs on a multiprocessor, with some 20 loads in flight in each of their 512 threads."""
+ODD_TILE_ROWS, ODD_TILES = 2, 8
+"""The same where a width allows no 16-byte loads. All warps then share a row, and taller tiles run out of registers."""
+NUM_WARPS = 4 if torch.version.hip else 8
+
+
+@triton.jit
+def _select(chunk, values, FIRST_CHUNKS: tl.constexpr):
+    """The element of `values` that belongs to the entry `chunk` lies in.
+
+    A kernel cannot index its arguments at run time, and Triton 3.4 knows neither recursion nor growing tuples. Choosing
+    within groups of eight first makes a chain of `len(values) / 8 + 8` dependent selects, not of `len(values)`.
+    """
+    selected = values[0]
+    for group in tl.static_range(0, len(values), 8):
+        candidate = values[group]
+        for i in tl.static_range(group + 1, group + 8):
+            if i < len(values):
+                candidate = tl.where(chunk >= FIRST_CHUNKS[i], values[i], candidate)
+        selected = tl.where(chunk >= FIRST_CHUNKS[group], candidate, selected)
+    return selected
+
+
+@triton.jit
+def _load_span(ptrs, column, width, live, FULL: tl.constexpr):
+    if FULL:
+        return tl.load(ptrs, mask=live, other=0.0)
+    else:
+        return tl.load(ptrs, mask=live & (column < width), other=0.0)
+
+
+@triton.jit
+def _load_chunk(ptrs, column, width, live, SPAN: tl.constexpr, FULL: tl.constexpr):
+    """The four spans of a chunk, each a `[TILE_ROWS, SPAN]` tile. FULL: no chunk reaches beyond its entry's width."""
+    return (
+        _load_span(ptrs, column, width, live, FULL),
+        _load_span(ptrs + SPAN, column + SPAN, width, live, FULL),
+        _load_span(ptrs + 2 * SPAN, column + 2 * SPAN, width, live, FULL),
+        _load_span(ptrs + 3 * SPAN, column + 3 * SPAN, width, live, FULL),
+    )
+
+
+@triton.jit
+def _dot(x, weight):
+    """`[TILE_ROWS, 1]` fp32 products of two chunks."""
+    total = x[0].to(tl.float32) * weight[0].to(tl.float32)
+    for span in tl.static_range(1, len(x)):
+        total = tl.fma(x[span].to(tl.float32), weight[span].to(tl.float32), total)
+    return tl.sum(total, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _update_state(
+    bias_ptr,
+    slots_ptr,
+    sums_ptr,
+    token_count_ptr,
+    partials_ptr,
+    gate_reward_ptr,
+    row_block,
+    rows,
+    CHUNKS: tl.constexpr,
+    GATED: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+):
+    """Adds the partials of a row block, in order, and updates the slots its rows are routed to."""
+    row = row_block.to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    slot = tl.load(slots_ptr + row, mask=row < rows, other=-1)
+    live = slot >= 0
+    # Everything that does not depend on the partials is loaded before them, to wait for memory once.
+    bias_reward = tl.load(bias_ptr + (1 if GATED else 0)).to(tl.float32)
+    bias_gate = tl.load(bias_ptr).to(tl.float32)
+    weighted_ptrs = sums_ptr + slot * 2
+    weighted = tl.load(weighted_ptrs, mask=live, other=0.0)
+    gates = tl.load(weighted_ptrs + 1, mask=live, other=0.0)
+    count = tl.load(token_count_ptr + slot, mask=live, other=0)
+
+    output = tl.arange(0, 2)[None, None, :]
+    totals = tl.zeros((ROW_BLOCK, 32, 2), tl.float32)
+    for batch in tl.range(0, CHUNKS, 256):  # eight loads at a time: enough to cover the latency, few enough registers
+        for start in tl.static_range(0, CHUNKS if CHUNKS < 256 else 256, 32):
+            chunk = batch + start + tl.arange(0, 32)[None, :, None]
+            # Other multiprocessors wrote these: read them from L2, whatever this one's L1 holds.
+            totals += tl.load(
+                partials_ptr + (row[:, None, None] * CHUNKS + chunk) * 2 + output,
+                mask=live[:, None, None] & (chunk < CHUNKS),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+    gate, reward = tl.split(tl.sum(totals, axis=1))
+    reward += bias_reward
+    gate = tl.sigmoid(gate + bias_gate) if GATED else tl.full((ROW_BLOCK,), 1.0, tl.float32)
+
+    tl.store(weighted_ptrs, tl.fma(gate, reward, weighted), mask=live)
+    tl.store(weighted_ptrs + 1, gates + gate, mask=live)
+    tl.store(token_count_ptr + slot, count + 1, mask=live)
+    if gate_reward_ptr is not None:
+        tl.store(gate_reward_ptr + row * 2, gate, mask=live)
+        tl.store(gate_reward_ptr + row * 2 + 1, reward, mask=live)
+
+
+# Triton compiles a variant for each divisibility by 16, and for the value 1, of what it specialises on. These arguments
+# gain nothing from it, and no batch size should compile in the middle of serving.
+@triton.jit(
+    do_not_specialize=[
+        "bias_ptr",
+        "slots_ptr",
+        "sums_ptr",
+        "token_count_ptr",
+        "arrivals_ptr",
+        "gate_reward_ptr",
+        "rows",
+    ]
+)
+def _score_step_kernel(
+    hidden_states,  # tuple of pointers, one an entry
+    row_strides,  # tuple of ints, in units of VECTOR elements: one an entry, or a single one where all are equal
+    weight_ptr,
+    bias_ptr,
+    slots_ptr,
+    sums_ptr,
+    token_count_ptr,
+    partials_ptr,
+    arrivals_ptr,
+    gate_reward_ptr,
+    rows,
+    WIDTHS: tl.constexpr,
+    FIRST_CHUNKS: tl.constexpr,
+    FIRST_FEATURES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GATED: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    FULL: tl.constexpr,
+    RELEASE_EACH_WARP: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    row_block = tl.program_id(1)
+    ROW_BLOCK: tl.constexpr = TILES * TILE_ROWS
+
+    row = row_block.to(tl.int64) * ROW_BLOCK + tl.arange(0, TILE_ROWS)[:, None]
+    live = tl.zeros((TILE_ROWS, 1), tl.int32)  # bit i: whether this row of tile i is scored
+    for tile in tl.static_range(TILES):
+        tile_row = row + tile * TILE_ROWS
+        slot = tl.load(slots_ptr + tile_row, mask=tile_row < rows, other=-1)
+        live |= (slot >= 0).to(tl.int32) << tile
+
+    entry_ptr = _select(chunk, hidden_states, FIRST_CHUNKS)
+    row_stride = row_strides[0] if len(row_strides) == 1 else _select(chunk, row_strides, FIRST_CHUNKS)
+    width = _select(chunk, WIDTHS, FIRST_CHUNKS)
+    first_column = (chunk - _select(chunk, FIRST_CHUNKS, FIRST_CHUNKS)) * (SPAN * 4)
+    column = first_column + tl.arange(0, SPAN)[None, :]
+    if VECTOR == 1:
+        # The layout, and with it the order of additions, must not change with the alignment of one batch's tensors.
+        # This is 0, and hides from the compiler what it might know of it.
+        column += tl.minimum(rows, 0)
+
+    # A tile as tall as that of the hidden states, its rows alike: both get one layout, and the weight needs no exchange
+    # between threads. A warp without a live row does not load it.
+    weight_ptrs = weight_ptr + _select(chunk, FIRST_FEATURES, FIRST_CHUNKS) + column + tl.zeros_like(live)
+    reward_weight = _load_chunk(weight_ptrs + (FEATURES if GATED else 0), column, width, live != 0, SPAN, FULL)
+    if GATED:
+        gate_weight = _load_chunk(weight_ptrs, column, width, live != 0, SPAN, FULL)
+
+    # Lane 2 i keeps the gate and lane 2 i + 1 the reward of this warp's row of tile i.
+    lane = tl.arange(0, 32)[None, :]
+    sums = tl.zeros((TILE_ROWS, 32), tl.float32)
+    for tile in tl.static_range(TILES):
+        x_ptrs = entry_ptr + (row + tile * TILE_ROWS) * row_stride * VECTOR + column
+        x = _load_chunk(x_ptrs, column, width, ((live >> tile) & 1) != 0, SPAN, FULL)
+        sums = tl.where(lane == 2 * tile + 1, _dot(x, reward_weight), sums)
+        if GATED:
+            sums = tl.where(lane == 2 * tile, _dot(x, gate_weight), sums)
+    tl.store(
+        partials_ptr + ((row + lane // 2 * TILE_ROWS) * CHUNKS + chunk) * 2 + lane % 2,
+        sums,
+        mask=(lane < 2 * TILES) & (((live >> (lane // 2)) & 1) != 0),
+    )
+
+    # One thread counts for the whole program: the barrier puts the stores of all before its release. On AMD a barrier
+    # does not wait for stores to global memory, so there every wavefront releases its own first, by adding nothing.
+    if RELEASE_EACH_WARP:
+        counter_ptrs = arrivals_ptr + row_block + tl.zeros((TILE_ROWS, 32), tl.int32)
+        tl.atomic_add(counter_ptrs, 0, mask=lane == 0, sem="release", scope="gpu")
+    tl.debug_barrier()
+    if tl.atomic_add(arrivals_ptr + row_block, 1, sem="acq_rel", scope="gpu") == CHUNKS - 1:
+        _update_state(
+            bias_ptr,
+            slots_ptr,
+            sums_ptr,
+            token_count_ptr,
+            partials_ptr,
+            gate_reward_ptr,
+            row_block,
+            rows,
+            CHUNKS,
+            GATED,
+            ROW_BLOCK,
+        )
+        # Ready for the next launch, also when a CUDA graph is replayed.
+        tl.store(arrivals_ptr + row_block, 0)
+
+
+@dataclass
+class _Plan:
+    """What a launch needs beside addresses: one for each set of shapes, strides, dtypes and devices."""
+
+    grid: tuple[int, int, int]
+    row_strides: tuple[int, ...]
+    constants: dict[str, Any]
+    aligned: bool
+    """Whether the strides allow 16-byte loads, which the widths call for."""
+    vector: int
+    compiled: Any = None
+
+
+_PLANS: dict[tuple[Any, ...], _Plan] = {}
+_MAX_PLANS = 1024
+_shape, _dtype = attrgetter("shape"), attrgetter("dtype")
+
+
+def _row_stride(entry: Tensor) -> int:
+    """Elements from row to row; of a single row whatever suits, as PyTorch leaves it open."""
+    return entry.stride(0) if entry.shape[0] > 1 else entry.shape[1]
+
+
+def _make_plan(hidden_states: Sequence[Tensor], weight: Tensor) -> _Plan:
+    rows, widths = hidden_states[0].shape[0], tuple(entry.shape[1] for entry in hidden_states)
+    vector = 16 // hidden_states[0].element_size()
+    tile_rows, tiles = TILE_ROWS, TILES
+    if any(width % vector for width in widths):
+        vector, tile_rows, tiles = 1, ODD_TILE_ROWS, ODD_TILES
+    first_chunks, first_features, chunks, features = [], [], 0, 0
+    for width in widths:
+        first_chunks.append(chunks)
+        first_features.append(features)
+        chunks += partials_per_row([width])
+        features += width
+    row_strides = tuple(_row_stride(entry) for entry in hidden_states)
+    aligned = all(stride % vector == 0 for stride in row_strides)
+    row_strides = tuple(stride // vector for stride in row_strides)
+    constants = {
+        "WIDTHS": widths,
+        "FIRST_CHUNKS": tuple(first_chunks),
+        "FIRST_FEATURES": tuple(first_features),
+        "FEATURES": features,
+        "CHUNKS": chunks,
+        "GATED": weight.shape[0] == 2,
+        "VECTOR": vector,
+        "SPAN": SPAN,
+        "TILE_ROWS": tile_rows,
+        "TILES": tiles,
+        "FULL": all(width % FEATURE_CHUNK == 0 for width in widths),
+        "RELEASE_EACH_WARP": torch.version.hip is not None,
+    }
+    return _Plan(
+        grid=(chunks, triton.cdiv(rows, tiles * tile_rows), 1),
+        row_strides=row_strides[:1] if len(set(row_strides)) == 1 else row_strides,
+        constants=constants,
+        aligned=aligned,
+        vector=vector,
+    )
+
+
+def score_step_triton(
+    hidden_states: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    slots: Tensor,
+    sums: Tensor,
+    token_count: Tensor,
+    partials: Tensor,
+    arrivals: Tensor,
+    gate_reward: Tensor | None = None,
+) -> None:
+    """`reference.score_step` in one launch on the current stream; see `schema.score_step` for the arguments."""
+    arguments = (weight, bias, slots, sums, token_count, partials, arrivals, gate_reward)
+    tensors = [tensor for tensor in (*hidden_states, *arguments) if tensor is not None]
+    # Checking 33 entries one by one takes longer than the launch, so each set of shapes is checked once.
+    key = (
+        len(hidden_states),
+        *map(_shape, tensors),
+        *map(Tensor.stride, tensors),
+        *map(_dtype, tensors),
+        *map(Tensor.get_device, tensors),
+    )
+    plan = _PLANS.get(key)
+    if plan is None:
+        check_step(hidden_states, *arguments)
+        if len(_PLANS) == _MAX_PLANS:
+            _PLANS.clear()
+        plan = _PLANS[key] = _make_plan(hidden_states, weight)
+    if debug_checks():
+        check_slots(slots, sums.shape[0])
+    if not plan.grid[1]:
+        return
+
+    device = sums.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return score_step_triton(hidden_states, *arguments)
+    if plan.vector > 1 and not (plan.aligned and all(entry.data_ptr() % 16 == 0 for entry in hidden_states)):
+        # No model lays its hidden states out like this. Narrower loads would add a row up in another order, and its
+        # score depend on where it lies: a copy keeps it bitwise the same.
+        copies = [entry.clone(memory_format=torch.contiguous_format) for entry in hidden_states]
+        return score_step_triton(copies, *arguments)
+
+    # A tuple: Triton takes no list.
+    launch_arguments = (tuple(hidden_states), plan.row_strides, *arguments, hidden_states[0].shape[0])
+    if plan.compiled is None:
+        compiled = _score_step_kernel[plan.grid](
+            *launch_arguments,
+            **plan.constants,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,  # Triton 3.10 changes the default, and with it the last bits of a score
+        )
+        # What Triton would specialise a launch on is then known from the plan, given the addresses' alignment.
+        if plan.vector > 1 and weight.data_ptr() % 16 == 0 and partials.data_ptr() % 16 == 0:
+            plan.compiled = compiled
+    else:
+        plan.compiled[plan.grid](*launch_arguments, *plan.constants.values())
