@@ -1,0 +1,113 @@
+"""What a selector wins, problem by problem, and how sure that is.
+
+Accuracy at k is the expectation over all subsets of k of a problem's N candidates, not over the first k: the same
+expectation at a smaller variance. Ties are resolved in expectation. Intervals are bootstrapped over problems, since
+the candidates of one problem are no independent observations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from swift_kernels.selection.pick import majority_indices
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+SUBSETS = 512
+"""Subsets a vote is counted over; where there are more, this many are drawn with a fixed seed."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
+    """Probability that the best-scored of k random candidates is right; NaN scores are never chosen."""
+    _check(len(scores), len(correct), k)
+    order = np.argsort(np.nan_to_num(-np.asarray(scores, dtype=float), nan=np.inf), kind="stable")
+    ranked = np.asarray(scores, dtype=float)[order]
+    right = np.where(np.isnan(ranked), 0.0, np.asarray(correct, dtype=float)[order])
+    # Among equal scores each is as likely to be taken.
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    sizes = np.diff(np.r_[starts, len(ranked)])
+    right = np.repeat(np.add.reduceat(right, starts) / sizes, sizes)
+    n = len(scores)
+    # The candidate of rank i (from 0) is the best of those subsets whose other members all rank below it.
+    weights = [math.comb(n - 1 - rank, k - 1) / math.comb(n, k) for rank in range(n)]
+    return float(np.dot(weights, right))
+
+
+def pass_at_k(correct: Sequence[bool], k: int) -> float:
+    """Probability that at least one of k random candidates is right: what a perfect selector would reach."""
+    n, right = len(correct), sum(correct)
+    _check(n, n, k)
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def vote_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
+    """Probability that the majority vote of k random candidates is right; tied answers share it equally.
+
+    Exact where there are at most `SUBSETS` subsets.
+    """
+    n = len(answers)
+    _check(n, len(correct), k)
+    if math.comb(n, k) <= SUBSETS:
+        subsets = list(itertools.combinations(range(n), k))
+    else:
+        generator = np.random.default_rng(0)
+        subsets = [tuple(generator.choice(n, k, replace=False)) for _ in range(SUBSETS)]
+    total = 0.0
+    for subset in subsets:
+        # Tied answers hold equally many candidates, so the mean over those is the mean over the answers.
+        winners = majority_indices([answers[index] for index in subset])
+        if winners:
+            total += sum(correct[subset[index]] for index in winners) / len(winners)
+    return total / len(subsets)
+
+
+def within_problem_auc(scores: Sequence[float], correct: Sequence[bool]) -> float:
+    """Probability that a right candidate outscores a wrong one of the same problem; NaN where one kind is missing.
+
+    A candidate without a score counts as the worst.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    if len(set(correct)) < 2:
+        return math.nan
+    finite = [score for score in scores if not math.isnan(score)]
+    floor = min(finite, default=0.0) - 1.0
+    return float(roc_auc_score(correct, [floor if math.isnan(score) else score for score in scores]))
+
+
+def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Mean of per-problem values and its percentile bootstrap interval; NaN values are left out."""
+    sample = np.asarray(values, dtype=float)
+    sample = sample[~np.isnan(sample)]
+    if not len(sample):
+        return Estimate(math.nan, math.nan, math.nan)
+    generator = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    chunk = max(1, 10_000_000 // len(sample))
+    for start in range(0, RESAMPLES, chunk):
+        size = min(chunk, RESAMPLES - start)
+        means[start : start + size] = sample[generator.integers(len(sample), size=(size, len(sample)))].mean(axis=1)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(sample.mean()), float(low), float(high))
+
+
+def _check(n: int, others: int, k: int) -> None:
+    if n != others:
+        raise ValueError(f"{n} candidates but {others} grades")
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}: expected 1..{n}, the number of candidates")
