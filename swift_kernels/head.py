@@ -120,7 +120,13 @@ class SwiftHead(nn.Module):
         from swift_kernels.checkpoint import fingerprint
 
         layout = features.model_layout(model)
-        common: dict[str, Any] = {"gate": gate, "span": span, "dtype": dtype, "task": task, "base_model": fingerprint(model)}
+        common: dict[str, Any] = {
+            "gate": gate,
+            "span": span,
+            "dtype": dtype,
+            "task": task,
+            "base_model": fingerprint(model),
+        }
         if layers == features.LOGITS:
             config = HeadConfig(widths=(layout.vocab_size,), features=features.LOGITS, **common)
         else:

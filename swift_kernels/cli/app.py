@@ -1,0 +1,392 @@
+"""The subcommands of `swift-kernels`. Heavy imports wait until a subcommand runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HEADS = Path(__file__).parent.parent / "heads"
+
+app = typer.Typer(
+    name="swift-kernels",
+    help="Score a language model's answers while they are decoded, and pick the best.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option(help="smollm2, gemma3-270m, a folder, a .gguf file or a Hub id.")]
+Head = Annotated[str, typer.Option(help="A head's folder, Hub id, or the name of one that comes with the package.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on the CPU.")]
+Json = Annotated[bool, typer.Option("--json", help="Print facts for machines instead of tables.")]
+AllowMismatch = Annotated[bool, typer.Option(help="Use the head although it was trained on another model.")]
+TaskName = Annotated[str, typer.Option(help="sums, reasoning-gym:<dataset> or jsonl:<path>.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 switches it off.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 switches it off.")]
+
+
+@app.command()
+def rollout(
+    model: Model,
+    task: TaskName,
+    output: Annotated[Path, typer.Option(help="JSONL file; an unfinished one is continued.")],
+    split: Annotated[str, typer.Option(help="train, test or all; train and test never share a problem.")] = "train",
+    problems: Annotated[int | None, typer.Option(help="How many problems; by default all of the split.")] = None,
+    n: Annotated[int, typer.Option(help="Answers to each problem.")] = 8,
+    temperature: float = 1.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="By default what the task needs.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of problems and of sampling.")] = 0,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default as the task says.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers decoded at once.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Let a model answer a task's problems N times each, grade the answers, and store them."""
+    from swift_kernels.cli import render
+    from swift_kernels.evaluation.tasks import get_task
+    from swift_kernels.training.generation import Sampling, generate_rollouts, settings
+    from swift_kernels.training.rollouts import RolloutWriter, read
+
+    chosen = get_task(task)
+    sampling = Sampling(n, temperature, top_p, top_k, max_new_tokens or chosen.max_new_tokens, seed)
+    _at_least("--batch-size", batch_size, 1)
+    wanted = chosen.problems(split, problems, seed)
+    chat = chosen.chat if chat is None else chat
+    lm, tokenizer = _load_model(model, device, dtype)
+    header = settings(lm, chosen, sampling, split=split, chat=chat)
+    with RolloutWriter(output, header) as writer:
+        continued = sum(problem.id in writer.done for problem in wanted)
+        if continued:
+            render.note(f"{output}: continuing after {continued} problems")
+        try:
+            with render.progress("rollout", len(wanted)) as update:
+                done, right, total = continued, 0, 0
+                update(done)
+                missing = [problem for problem in wanted if problem.id not in writer.done]
+                for item in generate_rollouts(
+                    lm, tokenizer, chosen, missing, sampling, chat=chat, batch_size=batch_size
+                ):
+                    writer.write(item)
+                    done += 1
+                    right += sum(candidate.correct for candidate in item.candidates)
+                    total += len(item.candidates)
+                    update(done, f"{right / total:.0%} right")
+        except KeyboardInterrupt:
+            held = f"{len(writer.done)} problems are in {output}, the same command continues"
+            raise KeyboardInterrupt(held) from None
+    candidates = [candidate for item in read(output).rollouts for candidate in item.candidates]
+    right = sum(candidate.correct for candidate in candidates)
+    finished = sum(candidate.finished for candidate in candidates)
+    facts = {
+        "output": str(output),
+        "problems": len(writer.done),
+        "continued": continued,
+        "candidates": len(candidates),
+        "correct": right,
+        "finished": finished,
+    }
+    render.emit(
+        facts,
+        as_json,
+        f"{output}: {len(writer.done)} problems, {len(candidates)} answers, {right / len(candidates):.1%} right, "
+        f"{finished / len(candidates):.1%} finished",
+    )
+
+
+@app.command()
+def train(
+    rollouts: Annotated[Path, typer.Argument(help="Rollouts of `swift-kernels rollout` or of the authors' code.")],
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Folder for the head and its card.")],
+    layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, or logits.")] = "all",
+    gate: Annotated[bool, typer.Option(help="Weigh tokens by a gate, or take their plain mean.")] = True,
+    test: Annotated[Path | None, typer.Option(help="Rollouts on other problems, to evaluate the head on.")] = None,
+    validation: Annotated[float, typer.Option(help="Share of the problems held back for early stopping.")] = 0.2,
+    epochs: int = 40,
+    patience: Annotated[int, typer.Option(help="Epochs without a better validation loss before it stops.")] = 3,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
+    weight_decay: float = 1e-5,
+    batch_size: Annotated[int, typer.Option(help="Answers a step.")] = 16,
+    seed: int = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Train a head on rollouts: the model runs once over them, then the head is fitted to its hidden states."""
+    from swift_kernels.cli import render
+    from swift_kernels.training.fit import Recipe
+    from swift_kernels.training.rollouts import read
+    from swift_kernels.training.train import train_head
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
+    recipe = Recipe(lr, weight_decay, batch_size, epochs, patience, validation, seed)
+    train_file = read(rollouts)
+    test_file = None if test is None else read(test)
+    selection = _parse_layers(layers)
+    lm, tokenizer = _load_model(model, device, dtype)
+    result = train_head(
+        lm,
+        tokenizer,
+        train_file,
+        layers=selection,
+        gate=gate,
+        recipe=recipe,
+        test=test_file,
+        model_name=model,
+        progress=render.progress,
+        note=render.note,
+    )
+    result.save(output)
+    parts: list[Any] = [
+        f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, best epoch "
+        f"{result.fit.best.number} of {len(result.fit.history)}, validation loss {result.fit.best.validation_loss:.4f}"
+    ]
+    title = "validation" if result.test is None else "test"
+    shown = result.test or result.validation
+    parts += [
+        render.evaluation_table(shown, f"Best-of-N accuracy on {shown.problems} {title} problems"),
+        render.evaluation_lines(shown),
+    ]
+    render.emit({"output": str(output), **result.facts()}, as_json, *parts)
+
+
+@app.command(name="eval")
+def evaluate_(
+    rollouts: Annotated[Path, typer.Argument(help="Rollouts on problems that the head was not trained on.")],
+    head: Head,
+    model: Model,
+    n: Annotated[str | None, typer.Option(help="Numbers of answers to pick from, such as 1,4,16.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers a forward.")] = 16,
+    allow_mismatch: AllowMismatch = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Compare SWIFT's pick with random pick, majority vote and the oracle."""
+    from swift_kernels.cli import render
+    from swift_kernels.evaluation.evaluate import evaluate, score_rollouts
+    from swift_kernels.training.rollouts import read, tokenized
+    from swift_kernels.training.train import check_same_model
+
+    ns = None if n is None else _parse_integers("--n", n)
+    _at_least("--batch-size", batch_size, 1)
+    content = read(rollouts)
+    for line in content.notes:
+        render.note(line)
+    lm, tokenizer = _load_model(model, device, dtype)
+    reward_head = _load_head(head, lm, allow_mismatch)
+    if not allow_mismatch:
+        check_same_model(content, lm)
+    items = tokenized(content.rollouts, tokenizer)
+    with render.progress("scoring", len(items)) as update:
+        scores = score_rollouts(
+            lm,
+            reward_head,
+            items,
+            batch_size=batch_size,
+            allow_mismatch=allow_mismatch,
+            on_progress=update,
+        )
+    evaluation = evaluate(items, scores, ns)
+    render.emit(
+        {"rollouts": str(rollouts), "head": head, "model": model, **evaluation.to_dict()},
+        as_json,
+        render.evaluation_table(evaluation, f"Best-of-N accuracy on {evaluation.problems} problems of {rollouts}"),
+        render.evaluation_lines(evaluation),
+    )
+
+
+@app.command(name="best-of")
+def best_of(
+    model: Model,
+    head: Head,
+    prompt: Annotated[str, typer.Option(help="The prompt, or - to read it from stdin.")],
+    n: Annotated[int, typer.Option(help="Answers to choose from.")] = 16,
+    task: Annotated[str | None, typer.Option(help="Put the prompt, as a problem, into this task's template.")] = None,
+    chat: Annotated[bool, typer.Option(help="Use the chat template.")] = False,
+    max_new_tokens: int | None = None,
+    temperature: float = 1.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    seed: int | None = None,
+    batch_size: Annotated[int | None, typer.Option(help="Answers decoded at once; by default all.")] = None,
+    allow_mismatch: AllowMismatch = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Sample N answers to a prompt, score them while they are decoded, and print the best."""
+    import torch
+    from rich.table import Table
+    from rich.text import Text
+
+    from swift_kernels.cli import render
+    from swift_kernels.evaluation.tasks import get_task
+    from swift_kernels.selection.best_of_n import best_of_n
+    from swift_kernels.training.generation import Sampling, cut_at_stop
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty: give one with --prompt, or - to read stdin")
+    template = None if task is None else get_task(task)
+    stop: tuple[str, ...] = ()
+    if template is not None:
+        text, stop, chat = template.prompt(text.strip()), template.stop, chat or template.chat
+    limit = max_new_tokens or (256 if template is None else template.max_new_tokens)
+    Sampling(n, temperature, top_p, top_k, limit)
+    lm, tokenizer = _load_model(model, device, dtype)
+    reward_head = _load_head(head, lm, allow_mismatch)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with_template = chat and getattr(tokenizer, "chat_template", None)
+    best = best_of_n(
+        lm,
+        tokenizer,
+        [{"role": "user", "content": text}] if with_template else text,
+        reward_head,
+        n,
+        max_new_tokens=limit,
+        batch_size=batch_size,
+        allow_mismatch=allow_mismatch,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        **({"stop_strings": list(stop)} if stop else {}),
+    )
+    table = Table("score", "tokens", "finished", "answer")
+    for candidate in sorted(best.candidates, key=lambda c: -c.score if c.score == c.score else float("inf")):
+        shown = " ".join(cut_at_stop(candidate.text, stop).split())
+        finished = "yes" if candidate.finished else "no"
+        table.add_row(f"{candidate.score:.4f}", str(candidate.token_count), finished, Text(shown))
+    facts = {
+        "text": cut_at_stop(best.text, stop),
+        "score": render.number(best.score),
+        "candidates": [
+            {
+                "text": cut_at_stop(candidate.text, stop),
+                "score": render.number(candidate.score),
+                "token_count": candidate.token_count,
+                "finished": candidate.finished,
+                "token_ids": candidate.token_ids,
+            }
+            for candidate in best.candidates
+        ],
+    }
+    render.emit(facts, as_json, Text(str(facts["text"]).strip()), table)
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="JSONL: a prompt with a response, or with responses, a line.")],
+    model: Model,
+    head: Head,
+    output: Annotated[Path | None, typer.Option(help="File for the scored lines; by default stdout.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Answers a forward.")] = 16,
+    allow_mismatch: AllowMismatch = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Score answers that exist already: the same lines come back with `score` (`scores` for `responses`).
+
+    Prompts and responses are text or lists of token ids. `finished: false` marks a response that was cut off.
+    """
+    from swift_kernels import files
+    from swift_kernels.cli import render
+    from swift_kernels.cli.scoring import read_answers, score_lines
+
+    _at_least("--batch-size", batch_size, 1)
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder: expected a file")
+    rows = read_answers(file)
+    lm, tokenizer = _load_model(model, device, dtype)
+    reward_head = _load_head(head, lm, allow_mismatch)
+    started = time.perf_counter()
+    with render.progress("scoring", len(rows)) as update:
+        lines = score_lines(lm, tokenizer, reward_head, rows, batch_size, allow_mismatch, update)
+        if output is None:
+            for line in lines:
+                print(line, flush=True)
+            return
+        with files.replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as written:
+            for line in lines:
+                written.write(line + "\n")
+    seconds = time.perf_counter() - started
+    facts = {"output": str(output), "lines": len(rows), "seconds": round(seconds, 3)}
+    render.emit(facts, as_json, f"{output}: {len(rows)} lines scored in {seconds:.1f} s")
+
+
+@app.command()
+def demo(
+    model: Model = "smollm2",
+    head: Head = "smollm2-135m-sums",
+    problems: Annotated[int, typer.Option(help="Sums to answer, none of which the head was trained on.")] = 40,
+    n: Annotated[int, typer.Option(help="Answers to each.")] = 16,
+    seed: int = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """A small model answers sums it has not seen, scored while decoding: what the head sees, wins and costs."""
+    from swift_kernels.cli import demo as show
+    from swift_kernels.cli import render
+
+    _at_least("--problems", problems, 1)
+    _at_least("--n", n, 1)
+    lm, tokenizer = _load_model(model, device, dtype)
+    reward_head = _load_head(head, lm, False)
+    result = show.run(lm, tokenizer, reward_head, problems, n, seed)
+    render.emit(result.facts(), as_json, *show.parts(result))
+
+
+def _load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    import torch
+
+    from swift_kernels.head import DTYPES
+    from swift_kernels.integrations.models import load_model
+
+    dtypes = {**DTYPES, "float16": torch.float16}
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"--dtype is {dtype!r}: expected one of {', '.join(dtypes)}")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return load_model(name, None if dtype is None else dtypes[dtype], device)
+
+
+def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
+    from swift_kernels import checkpoint
+
+    shipped = HEADS / name
+    path = shipped if not Path(name).exists() and (shipped / checkpoint.CONFIG_NAME).is_file() else name
+    return checkpoint.load(path, model=model, allow_mismatch=allow_mismatch)
+
+
+def _parse_layers(text: str) -> str | list[int]:
+    return text if text in ("all", "logits") else _parse_integers("--layers", text)
+
+
+def _parse_integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}: expected integers separated by commas") from None
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{option} is {value}: expected at least {least}")

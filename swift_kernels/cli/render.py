@@ -1,0 +1,130 @@
+"""How results look in a terminal, in a pipe and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from swift_kernels.evaluation.evaluate import Evaluation
+from swift_kernels.evaluation.metrics import Estimate
+from swift_kernels.progress import Update
+
+PIPE_WIDTH = 100
+LOG_INTERVAL = 30.0
+"""Seconds between lines of progress where stderr is no terminal."""
+
+SELECTOR_NAMES = {"random": "random pick", "vote": "majority vote", "swift": "SWIFT", "oracle": "oracle (pass@N)"}
+
+
+def stdout() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def emit(facts: dict[str, Any], as_json: bool, *parts: RenderableType) -> None:
+    """Prints the result: `facts` as one JSON object, or `parts` for people."""
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    console = stdout()
+    for part in parts:
+        if isinstance(part, str):
+            console.print(part, markup=False, soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def note(text: str) -> None:
+    """One line about what is going on, to stderr."""
+    stderr().print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Update]:
+    """A `swift_kernels.progress.Progress`: a bar on stderr, or lines where that is no terminal."""
+    console = stderr()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    last = ("0", "")
+    logged = time.monotonic()
+
+    def line() -> str:
+        return f"{description}: {last[0]}/{total} {last[1]}".rstrip()
+
+    with bar:
+        task = bar.add_task(description, total=total, detail="")
+
+        def update(done: int, detail: str = "") -> None:
+            nonlocal last, logged
+            last = (str(done), detail)
+            bar.update(task, completed=done, detail=detail)
+            if bar.disable and time.monotonic() - logged > LOG_INTERVAL:
+                logged = time.monotonic()
+                console.print(line(), markup=False, soft_wrap=True)
+
+        yield update
+    console.print(line(), markup=False, soft_wrap=True)
+
+
+def percent(estimate: Estimate) -> str:
+    if math.isnan(estimate.mean):
+        return "-"
+    return f"{100 * estimate.mean:.1f}% ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
+
+
+def points(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+
+
+def evaluation_table(evaluation: Evaluation, title: str) -> Table:
+    """Accuracy of each selector at each n."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("N", justify="right")
+    for name in SELECTOR_NAMES.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    for n, row in evaluation.accuracy.items():
+        table.add_row(str(n), *(percent(row[name]) for name in SELECTOR_NAMES))
+    return table
+
+
+def evaluation_lines(evaluation: Evaluation) -> str:
+    """What goes below the table: paired differences, AUC, counts, and how to read the figures."""
+    auc = evaluation.auc
+    lines = [
+        f"SWIFT against {name} at N={evaluation.n}, paired: {points(evaluation.differences[f'swift - {key}'])} points"
+        for key, name in (("random", "random pick"), ("vote", "majority vote"))
+    ]
+    if not math.isnan(auc.mean):
+        lines.append(
+            f"Within-problem AUC {auc.mean:.3f} ({auc.low:.3f}-{auc.high:.3f}), over the "
+            f"{evaluation.mixed_problems} of {evaluation.problems} problems with right and wrong answers"
+        )
+    if evaluation.unscored:
+        lines.append(f"{evaluation.unscored} of {evaluation.candidates} answers have no scored token; never chosen")
+    lines.append("In brackets 95% intervals, bootstrapped over problems; ties count in expectation")
+    return "\n".join(lines)
+
+
+def number(value: float) -> float | None:
+    """A score for JSON, which has no NaN."""
+    return None if math.isnan(value) else value

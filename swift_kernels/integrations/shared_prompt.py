@@ -1,0 +1,108 @@
+"""Teacher forcing for many responses to one prompt: the prompt runs once, the responses continue from its cache.
+
+`teacher_forcing.forward_packed` feeds the prompt again with every response, which for short answers to long prompts is
+nearly all of the work.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swift_kernels import features, reference
+from swift_kernels.head import HeadConfig, SwiftHead
+from swift_kernels.integrations.compatibility import check_context, check_head, eos_token_ids, generating_model
+
+
+@torch.no_grad()
+def forward_responses(
+    model: Any,
+    config: HeadConfig,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    consume: Callable[[Tensor, int, Tensor], None],
+    *,
+    batch_size: int = 16,
+) -> Tensor:
+    """Hands over the scored tokens' hidden states, entry by entry, a batch of responses at a time; keeps none.
+
+    Args:
+        consume: called with the indices of a batch's scored tokens among those of all responses, with k, and with the
+            k-th selected entry, `[tokens, width]`, of those tokens.
+
+    Returns:
+        int64 `[responses + 1]` cumulative numbers of scored tokens.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: expected at least one token")
+    eos = eos_token_ids(model)
+    scored = [features.scored_tokens(response, eos, config.span) for response in responses]
+    offsets = [0, *itertools.accumulate(map(len, scored))]
+    cu_seqlens = torch.tensor(offsets)
+    live = [index for index, tokens in enumerate(scored) if tokens]
+    if not live:
+        return cu_seqlens
+    check_context(model, len(prompt) + max(scored[index][-1] + 1 for index in live))
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"use_cache": True}
+    if config.features != features.LOGITS and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1  # a vocabulary's worth of values a token that nobody reads
+    prompt_cache = model(input_ids=torch.tensor([list(prompt)], device=device), **options).past_key_values
+    # Of like length together: a forward is as long as its longest response.
+    live.sort(key=lambda index: scored[index][-1])
+    for start in range(0, len(live), batch_size):
+        batch = live[start : start + batch_size]
+        last = start + batch_size >= len(live)
+        cache = prompt_cache if last else copy.deepcopy(prompt_cache)
+        cache.batch_repeat_interleave(len(batch))
+        longest = max(scored[index][-1] + 1 for index in batch)
+        # Padding on the right follows what is scored, and cannot reach it.
+        fed = [list(responses[index][:longest]) for index in batch]
+        token_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed], device=device)
+        rows = torch.tensor([row for row, index in enumerate(batch) for _ in scored[index]], device=device)
+        columns = torch.tensor([token for index in batch for token in scored[index]], device=device)
+        places = torch.cat([torch.arange(offsets[index], offsets[index + 1]) for index in batch])
+
+        def hand_over(
+            k: int, entry: Tensor, places: Tensor = places, rows: Tensor = rows, columns: Tensor = columns
+        ) -> None:
+            consume(places, k, entry[rows, columns])
+
+        handles = features.tap(model, config.features, config.layers, hand_over)
+        try:
+            model(input_ids=token_ids, past_key_values=cache, **options)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return cu_seqlens
+
+
+def score_responses(
+    model: Any,
+    head: SwiftHead,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    allow_mismatch: bool = False,
+) -> Tensor:
+    """float32 `[responses]` scores on the CPU, NaN where no token counts; token ids as `score_texts` takes them."""
+    model = generating_model(model)
+    check_head(model, head, allow_mismatch=allow_mismatch)
+    eos = eos_token_ids(model)
+    tokens = sum(len(features.scored_tokens(response, eos, head.config.span)) for response in responses)
+    logits = head.bias.detach().float().cpu().repeat(tokens, 1)
+    columns = head.weight.detach().split(head.config.widths, dim=1)
+
+    def add(places: Tensor, k: int, entry: Tensor) -> None:
+        weight = columns[k].to(entry.device)
+        logits[places] += reference.project([entry], weight, weight.new_zeros(())).cpu()
+
+    cu_seqlens = forward_responses(model, head.config, prompt, responses, add, batch_size=batch_size)
+    return reference.pool(logits, cu_seqlens)

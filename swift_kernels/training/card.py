@@ -1,0 +1,158 @@
+"""The model card beside a head: data, recipe, figures on problems it never saw, limits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from swift_kernels.evaluation.evaluate import Evaluation
+from swift_kernels.evaluation.metrics import Estimate
+from swift_kernels.head import HeadConfig
+from swift_kernels.training.fit import Fit, Recipe
+
+_SELECTORS = {"random": "random pick", "vote": "majority vote", "swift": "**SWIFT**", "oracle": "oracle"}
+
+
+def model_card(
+    config: HeadConfig,
+    fit: Fit,
+    recipe: Recipe,
+    data: dict[str, Any],
+    validation: Evaluation,
+    test: Evaluation | None,
+) -> str:
+    """The card, in the Hub's markdown with its YAML header."""
+    base = config.base_model or {}
+    parameters = config.num_outputs * (config.num_features + 1)
+    source = "the raw logits" if config.layers is None else f"hidden states {_layers(config.layers)}"
+    lines = [
+        "---",
+        "library_name: swift_kernels",
+        "tags: [swift, reward-model, best-of-n]",
+        "---",
+        "",
+        f"# SWIFT reward head for {base.get('name', 'a language model')}",
+        "",
+        f"Scores the answers of `{base.get('name')}` ({base.get('architecture')}) from {source} while they are "
+        f"decoded: {parameters:,} parameters, {'gated' if config.gate else 'no gate'}, {config.dtype}. "
+        "Method: [arXiv 2505.12225](https://arxiv.org/abs/2505.12225).",
+        "",
+        "```python",
+        "from swift_kernels import SwiftHead, attach",
+        "",
+        'head = SwiftHead.from_pretrained("path/to/this/folder", model=model)',
+        "with attach(model, head) as scorer:",
+        "    output = model.generate(**inputs, do_sample=True, num_return_sequences=16)",
+        "scores = scorer.scores()",
+        "```",
+        "",
+        "## Data",
+        "",
+        f"{data['candidates']:,} answers to {data['problems']:,} problems"
+        + (f" of the task `{config.task}`" if config.task else "")
+        + f" ({data['rollouts']}), {data['correct'] / data['candidates']:.1%} of them right; "
+        f"{data['validation_problems']:,} of the problems were held back for early stopping.",
+        *_sampling(data["header"]),
+        "",
+        "## Recipe",
+        "",
+        f"Binary cross-entropy on the pooled score, AdamW, learning rate {recipe.learning_rate:g}, weight decay "
+        f"{recipe.weight_decay:g}, {recipe.batch_size} answers a step, at most {recipe.epochs} epochs, patience "
+        f"{recipe.patience}, seed {recipe.seed}. The weights are those of epoch {fit.best.number} of "
+        f"{len(fit.history)}, which has the least validation loss ({fit.best.validation_loss:.4f}).",
+        "",
+        "## Results",
+        "",
+    ]
+    if test is None:
+        lines += [
+            "On the validation problems, which early stopping looked at: not an independent test.",
+            "",
+            *_results(validation),
+        ]
+    else:
+        lines += [f"On {test.problems} problems it never saw ({data['test_rollouts']}):", "", *_results(test)]
+    commands = _commands(config, recipe, data)
+    if commands:
+        lines += ["", "## Made with", "", "```sh", *commands, "```"]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        f"The head knows this model and {'this task' if config.task else 'its training data'}; elsewhere its scores "
+        "mean nothing until measured. Scores order the answers to one problem. They are not calibrated, and answers to "
+        "different problems should not be compared by them. How much is won depends on how many candidates are drawn: "
+        "look at accuracy against N.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _results(evaluation: Evaluation) -> list[str]:
+    lines = ["| N | " + " | ".join(_SELECTORS.values()) + " |", "|---:|" + "---:|" * len(_SELECTORS)]
+    for n, row in evaluation.accuracy.items():
+        lines.append(f"| {n} | " + " | ".join(_percent(row[name]) for name in _SELECTORS) + " |")
+    lines += [
+        "",
+        "Accuracy of the picked answer; in brackets 95% intervals, bootstrapped over problems.",
+        "",
+        f"Paired by problem at N = {evaluation.n}, SWIFT's pick is right more often than "
+        f"random pick by {_points(evaluation.differences['swift - random'])} points and than "
+        f"majority vote by {_points(evaluation.differences['swift - vote'])} points. "
+        f"Within-problem AUC {evaluation.auc.mean:.3f} ({evaluation.auc.low:.3f}-{evaluation.auc.high:.3f}) over the "
+        f"{evaluation.mixed_problems} problems with right and wrong answers.",
+    ]
+    return lines
+
+
+def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[str]:
+    """What to type to make the head again, where the rollouts record how they were made."""
+    headers = [data["header"], data["test_header"] or {}]
+    if not all("sampling" in header for header in headers[: 1 if data["test_rollouts"] is None else 2]):
+        return []
+    lines = []
+    for header, name, problems in zip(
+        headers, (data["rollouts"], data["test_rollouts"]), (data["problems"], data["test_problems"]), strict=True
+    ):
+        if name is not None:
+            sampling = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in header["sampling"].items())
+            lines += [
+                f"swift-kernels rollout --model {data['model']} --task {header['task']} --split {header['split']} \\",
+                f"    --problems {problems} {sampling} {'--chat' if header['chat'] else '--no-chat'} \\",
+                f"    --output {name}",
+            ]
+    layers = "logits" if config.layers is None else _selection(config)
+    test = "" if data["test_rollouts"] is None else f" --test {data['test_rollouts']}"
+    return [
+        *lines,
+        f"swift-kernels train {data['rollouts']}{test} --model {data['model']} --output head \\",
+        f"    --layers {layers} {'--gate' if config.gate else '--no-gate'} --validation {recipe.validation} "
+        f"--epochs {recipe.epochs} --patience {recipe.patience} \\",
+        f"    --lr {recipe.learning_rate:g} --weight-decay {recipe.weight_decay:g} --batch-size {recipe.batch_size} "
+        f"--seed {recipe.seed}",
+    ]
+
+
+def _selection(config: HeadConfig) -> str:
+    layers = config.layers or ()
+    return "all" if len(layers) == (config.num_hidden_layers or 0) + 1 else ",".join(map(str, layers))
+
+
+def _sampling(header: dict[str, Any]) -> list[str]:
+    if "sampling" not in header:
+        return []
+    sampling = {"split": header["split"], "dtype": header["dtype"], **header["sampling"]}
+    return ["", f"Sampled with `{json.dumps(sampling)}`."]
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    whole = layers == tuple(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}..{layers[-1]}" if whole and len(layers) > 2 else ", ".join(map(str, layers))
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"

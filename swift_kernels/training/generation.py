@@ -1,0 +1,223 @@
+"""Generating rollouts: many answers to each problem, the same ones however the run is batched or interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from swift_kernels.evaluation.tasks import Problem, Task
+from swift_kernels.integrations.compatibility import check_context, eos_token_ids
+from swift_kernels.training.rollouts import Response, Rollout, encode_prompt
+
+SampledAnswer = tuple[list[int], bool]
+"""Token ids as sampled, without padding, and whether the answer finished."""
+
+# `SeededSampler` has sampled by the time `generate` takes the greatest logit. What a model's own generation config says
+# of sampling would draw a warning.
+_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled; `top_k=0` and `top_p=1` switch a filter off."""
+
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 0
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("n", self.n), ("max_new_tokens", self.max_new_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: expected at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: expected more than 0, or n equal answers come out")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: expected more than 0, at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: expected 0 (off) or more")
+
+
+def settings(model: nn.Module, task: Task, sampling: Sampling, *, split: str, chat: bool) -> dict[str, Any]:
+    """The header of a rollout file: all that decides about its content but the number of problems."""
+    from swift_kernels.checkpoint import fingerprint
+
+    return {
+        "model": fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "task": task.name,
+        "split": split,
+        "chat": chat,
+        "stop": list(task.stop),
+        "sampling": asdict(sampling),
+    }
+
+
+@torch.no_grad()
+def generate_rollouts(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    *,
+    chat: bool | None = None,
+    batch_size: int = 64,
+) -> Iterator[Rollout]:
+    """Yields the rollout of each problem, in order; `batch_size` answers are decoded at once.
+
+    Each prompt is prefilled once, not once per answer.
+    """
+    chat = task.chat if chat is None else chat
+    per_batch = max(1, batch_size // sampling.n)
+    for start in range(0, len(problems), per_batch):
+        batch = problems[start : start + per_batch]
+        prompts = [task.prompt(problem.question) for problem in batch]
+        prompt_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+        inputs = prefill(model, tokenizer, prompt_ids, sampling)
+        answers = decode(model, tokenizer, inputs, [problem.id for problem in batch], sampling, task.stop)
+        for index, (problem, prompt, ids) in enumerate(zip(batch, prompts, prompt_ids, strict=True)):
+            own = answers[index * sampling.n : (index + 1) * sampling.n]
+            yield Rollout(problem.id, problem.key, prompt, problem.answer, ids, grade(tokenizer, task, problem, own))
+
+
+def grade(tokenizer: Any, task: Task, problem: Problem, answers: Sequence[SampledAnswer]) -> list[Response]:
+    """Decodes and grades the answers to one problem."""
+    responses = []
+    for token_ids, finished in answers:
+        text = cut_at_stop(tokenizer.decode(token_ids, skip_special_tokens=True), task.stop)
+        responses.append(Response(token_ids, text, finished, task.grade(text, problem), task.extract(text)))
+    return responses
+
+
+def prefill(model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling) -> dict[str, Any]:
+    """Inputs of `generate` for n answers to each prompt, whose cache is filled once a prompt instead of n times."""
+    inputs = _left_padded(tokenizer, prompts, model)
+    check_context(model, inputs["input_ids"].shape[1] + sampling.max_new_tokens)
+    expanded = {name: value.repeat_interleave(sampling.n, dim=0) for name, value in inputs.items()}
+    if sampling.n == 1 or min(map(len, prompts)) < 2:
+        return expanded
+    # `generate` needs one token to feed, so the cache stops before the last one. The token sampled here is not used.
+    output = model.generate(
+        input_ids=inputs["input_ids"][:, :-1],
+        attention_mask=inputs["attention_mask"][:, :-1],
+        max_new_tokens=1,
+        return_dict_in_generate=True,
+        pad_token_id=tokenizer.pad_token_id,
+        **_GREEDY,
+    )
+    output.past_key_values.batch_repeat_interleave(sampling.n)
+    return {**expanded, "past_key_values": output.past_key_values}
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    inputs: dict[str, Any],
+    identities: Sequence[str],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+) -> list[SampledAnswer]:
+    """`sampling.n` answers to each prompt of `prefill`, in order; `identities` are those of `SeededSampler`."""
+    output = model.generate(
+        **inputs,
+        logits_processor=LogitsProcessorList([SeededSampler(sampling, identities, model.device)]),
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
+        **_GREEDY,
+    )
+    return [trim(row, model, tokenizer, stop) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def _left_padded(tokenizer: Any, prompts: Sequence[list[int]], model: Any) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` of prompts, padded on the left, on the model's device."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} is empty: expected at least one token")
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+class SeededSampler(LogitsProcessor):
+    """Samples by inverting the cumulative distribution at uniform numbers that were drawn beforehand.
+
+    The numbers belong to (seed, problem, candidate, position), not to a position in a stream that all rows share: a
+    candidate does not depend on which other rows are decoded beside it, on how many candidates its problem gets, or
+    on the device. It leaves one finite logit a row, for `generate(do_sample=False)` to take.
+    """
+
+    def __init__(self, sampling: Sampling, identities: Sequence[str], device: torch.device) -> None:
+        self.sampling = sampling
+        self._step = 0
+        self._uniform = torch.stack(
+            [
+                self._draw(f"{sampling.seed}/{identity}/{candidate}")
+                for identity in identities
+                for candidate in range(sampling.n)
+            ]
+        ).to(device)
+
+    def _draw(self, name: str) -> Tensor:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(self.sampling.max_new_tokens, generator=generator)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise ValueError("the model's logits are NaN: nothing can be sampled (is float16 too narrow for it?)")
+        logits = scores.float() / self.sampling.temperature
+        if self.sampling.top_k:
+            kth = logits.topk(min(self.sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        probabilities, tokens = self._largest(logits.softmax(dim=-1))
+        cumulative = probabilities.cumsum(dim=-1)
+        # The nucleus is the shortest prefix that reaches top_p: tokens before which less than top_p was gathered.
+        kept = (cumulative - probabilities < self.sampling.top_p).sum(dim=-1, keepdim=True)
+        mass = cumulative.gather(1, kept - 1)
+        place = torch.searchsorted(cumulative, self._uniform[:, self._step, None] * mass, right=True)
+        chosen = tokens.gather(1, place.clamp_max(kept - 1))
+        self._step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def _largest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest probabilities in descending order, enough of them to hold the nucleus, and their tokens."""
+        vocabulary = probabilities.shape[-1]
+        width = 256 if self.sampling.top_p < 1 else vocabulary
+        while True:
+            largest = probabilities.topk(min(width, vocabulary), dim=-1)
+            # Sorting a whole vocabulary takes as long as a small model's forward, and is rarely needed.
+            if width >= vocabulary or bool((largest.values.sum(dim=-1) >= self.sampling.top_p).all()):
+                return largest.values, largest.indices
+            width *= 8
+
+
+def trim(row: list[int], model: Any, tokenizer: Any, stop: Sequence[str]) -> SampledAnswer:
+    """The sampled tokens of one row of `generate`'s output, without padding, and whether the answer finished.
+
+    The padding may be the end-of-sequence token itself: after a stop string it is padding, otherwise it was sampled.
+    """
+    ends = eos_token_ids(model)
+    length = next((i for i, token in enumerate(row) if token in ends or token == tokenizer.pad_token_id), len(row))
+    stopped = any(string in tokenizer.decode(row[:length]) for string in stop)
+    if stopped or length == len(row):
+        return row[:length], stopped
+    return (row[: length + 1] if row[length] in ends else row[:length]), True
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first stop string."""
+    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]

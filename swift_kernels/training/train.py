@@ -1,0 +1,211 @@
+"""From rollouts to a head: features once, the fit, its figures, and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swift_kernels import checkpoint, files
+from swift_kernels.evaluation.evaluate import Evaluation, evaluate, score_rollouts
+from swift_kernels.head import SwiftHead
+from swift_kernels.progress import Progress
+from swift_kernels.training import card
+from swift_kernels.training.activations import Activations, Group, collect
+from swift_kernels.training.fit import Example, Fit, Recipe, check_learnable, fit
+from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutFile, tokenized
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A trained head and what is known of it.
+
+    Attributes:
+        head: with task and metrics in its config.
+        fit: how the fit went.
+        validation: on the problems that early stopping looked at, so it flatters the head a little.
+        test: on the problems of the test rollouts, if there were any.
+        data: what it was trained on.
+    """
+
+    head: SwiftHead
+    fit: Fit
+    recipe: Recipe
+    validation: Evaluation
+    test: Evaluation | None
+    data: dict[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "data": self.data,
+            "recipe": asdict(self.recipe),
+            "epochs": [asdict(epoch) for epoch in self.fit.history],
+            "best_epoch": self.fit.best.number,
+            "validation": self.validation.to_dict(),
+            "test": None if self.test is None else self.test.to_dict(),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the checkpoint and its card; each file is replaced atomically."""
+        self.head.save_pretrained(str(folder))
+        text = card.model_card(self.head.config, self.fit, self.recipe, self.data, self.validation, self.test)
+        files.write_text(Path(folder) / CARD_NAME, text)
+
+
+def train_head(
+    model: Any,
+    tokenizer: Any,
+    rollouts: RolloutFile,
+    *,
+    layers: str | Sequence[int] = "all",
+    gate: bool = True,
+    recipe: Recipe | None = None,
+    test: RolloutFile | None = None,
+    model_name: str | None = None,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> TrainedHead:
+    """Trains a head for `model` on stored rollouts, and evaluates it on those of other problems, if given.
+
+    `model_name`, for the card, is what the command line calls the model.
+
+    Raises:
+        NothingToLearnError: the answers are all right or all wrong, or there are too few problems.
+        RolloutError: the rollouts are another model's, or `test` shares problems with the training data.
+    """
+    recipe = recipe or Recipe()
+    for file in (rollouts, test):
+        if file is not None:
+            check_same_model(file, model)
+            for line in file.notes:
+                note(line)
+    if test is not None:
+        _check_disjoint(rollouts, test)
+    items = tokenized(rollouts.rollouts, tokenizer)
+    # Before the model runs over them: it may take hours.
+    check_learnable([candidate.correct for item in items for candidate in item.candidates])
+    head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task)
+    activations, examples = _collect(model, head, items, progress)
+    learnable = [example for example in examples if activations.lengths[example.response]]
+    if len(learnable) < len(examples):
+        note(f"{len(examples) - len(learnable)} of {len(examples)} answers have no scored token and were left out")
+    with progress("fit", recipe.epochs) as update:
+        result = fit(
+            head,
+            activations,
+            learnable,
+            recipe,
+            on_epoch=lambda epoch, best: update(
+                epoch.number,
+                f"loss {epoch.train_loss:.4f}, validation {epoch.validation_loss:.4f}, best {best.validation_loss:.4f}",
+            ),
+        )
+    validation = _evaluate_activations(head, activations, examples, items, result.validation_keys)
+    tested = None
+    if test is not None:
+        test_items = tokenized(test.rollouts, tokenizer)
+        with progress("test", len(test_items)) as update:
+            scores = score_rollouts(model, head, test_items, on_progress=update)
+        tested = evaluate(test_items, scores)
+    data = {
+        "rollouts": rollouts.path.name,
+        "header": _without_model(rollouts.header),
+        "problems": len(items),
+        "candidates": len(examples),
+        "correct": sum(example.correct for example in examples),
+        "validation_problems": len(result.validation_keys),
+        "model": model_name or (head.config.base_model or {}).get("name"),
+        "test_rollouts": None if test is None else test.path.name,
+        "test_header": None if test is None else _without_model(test.header),
+        "test_problems": None if test is None else len(test.rollouts),
+    }
+    metrics = {
+        "best_epoch": result.best.number,
+        "validation_loss": round(result.best.validation_loss, 6),
+        "validation": _summary(validation),
+        **({} if tested is None else {"test": _summary(tested)}),
+    }
+    return TrainedHead(head.with_config(metrics=metrics), result, recipe, validation, tested, data)
+
+
+def check_same_model(rollouts: RolloutFile, model: Any) -> None:
+    """Raises when the rollouts record another model: its hidden states would not be those of the answers."""
+    recorded = rollouts.header.get("model")
+    if recorded is None:
+        return
+    # The comparison that checkpoints use, by way of a head that claims to come from the recorded model.
+    probe = SwiftHead.for_model(model, [0])
+    probe = probe.with_config(base_model=recorded)
+    try:
+        checkpoint.check_model(probe, model)
+    except checkpoint.ModelMismatchError:
+        actual = checkpoint.fingerprint(model)
+        raise RolloutError(
+            f"{rollouts.path} was generated by {recorded['name']}, the model is {actual['name']}: use the model "
+            "that wrote the answers"
+        ) from None
+
+
+def _without_model(header: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in header.items() if key != "model"}
+
+
+def _check_disjoint(rollouts: RolloutFile, test: RolloutFile) -> None:
+    shared = {item.key for item in rollouts.rollouts} & {item.key for item in test.rollouts}
+    if shared:
+        raise RolloutError(
+            f"{test.path} shares {len(shared)} problems with {rollouts.path}, such as {sorted(shared)[0]!r}: the test "
+            "needs problems the head has not seen"
+        )
+
+
+def _collect(
+    model: Any, head: SwiftHead, items: Sequence[Rollout], progress: Progress
+) -> tuple[Activations, list[Example]]:
+    """The features of the distinct answers to each problem, and an example for each candidate in order."""
+    groups: list[Group] = []
+    examples = []
+    first = 0
+    for item in items:
+        distinct: dict[tuple[int, ...], int] = {}
+        for candidate in item.candidates:
+            response = distinct.setdefault(tuple(candidate.token_ids or ()), first + len(distinct))
+            examples.append(Example(response, candidate.correct, item.key))
+        groups.append((item.prompt_token_ids or [], list(distinct)))
+        first += len(distinct)
+    with progress("hidden states", len(groups)) as update:
+        return collect(model, head.config, groups, on_progress=update), examples
+
+
+@torch.no_grad()
+def _evaluate_activations(
+    head: SwiftHead, activations: Activations, examples: Sequence[Example], items: Sequence[Rollout], keys: set[str]
+) -> Evaluation:
+    remaining = iter(examples)
+    scores, chosen = [], []
+    for item in items:
+        own = [next(remaining) for _ in item.candidates]
+        if item.key in keys:
+            chosen.append(item)
+            responses = torch.tensor([example.response for example in own])
+            scores.append(head(*activations.batch(responses, head.weight.device)).tolist())
+    return evaluate(chosen, scores)
+
+
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    """What a head's config records of an evaluation."""
+    facts = evaluation.to_dict()
+    kept = {
+        "problems": evaluation.problems,
+        "n": evaluation.n,
+        "accuracy": facts["accuracy"][evaluation.n],
+        "differences": facts["differences"],
+        "auc": facts["auc"],
+    }
+    return json.loads(json.dumps(kept), parse_float=lambda text: round(float(text), 4))

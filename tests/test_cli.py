@@ -1,0 +1,430 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+
+from swift_kernels import SwiftHead, files
+from swift_kernels.cli import main
+from swift_kernels.integrations.models import load_model
+from swift_kernels.training.rollouts import Response, Rollout, RolloutWriter, read
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def head_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("head")
+    torch.manual_seed(0)
+    SwiftHead.for_model(load_model(str(model_folder))[0]).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """Graded answers that a head can learn to tell apart; the header is that of a real run of this model."""
+    path = tmp_path_factory.mktemp("rollouts") / "r.jsonl"
+    assert main(rollout_args(model_folder, path, problems=1)) == 0
+    header = read(path).header
+    path.unlink()
+    _, tokenizer = load_model(str(model_folder))
+    with RolloutWriter(path, header) as writer:
+        for number in range(12):
+            prompt = f"Problem {number}:"
+            answers = []
+            for index in range(4):
+                text = ("yes" if index % 2 else "no") + str((number + index) % 10)
+                answers.append(Response(tokenizer(text)["input_ids"], text, False, index % 2 == 1, text))
+            writer.write(Rollout(str(number), str(number), prompt, "y", tokenizer(prompt)["input_ids"], answers))
+    return path
+
+
+def rollout_args(model: Path, output: Path, problems: int = 4, **options: Any) -> list[str]:
+    given = {"model": model, "task": "sums", "output": output, "problems": problems, "n": 3, "max-new-tokens": 6}
+    return ["rollout", *(part for name, value in {**given, **options}.items() for part in (f"--{name}", str(value)))]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([str(argument) for argument in args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def assert_refused(result: tuple[int, str, str], message: str, code: int = 2) -> None:
+    """The exit code, one line on stderr that says why, and nothing on stdout."""
+    assert result[0] == code, result
+    assert result[1] == ""
+    assert message in result[2]
+    assert result[2].count("\n") == 1
+    assert result[2].startswith("swift-kernels: ")
+
+
+class TestCommand:
+    def test_help_lists_the_subcommands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, out, err = run(capsys, "--help")
+        assert (code, err) == (0, "")
+        for name in ("rollout", "train", "eval", "best-of", "score", "demo"):
+            assert name in out
+            assert "--json" in run(capsys, name, "--help")[1]
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            ([], "Missing command"),
+            (["fly"], "No such command"),
+            (["eval", "--fly"], "No such option"),
+            (["eval", "x.jsonl"], "Missing option"),
+            (["rollout", "--n", "many"], "--n"),
+        ],
+        ids=["none", "command", "option", "missing", "type"],
+    )
+    def test_usage_errors(self, capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+        assert_refused(run(capsys, *args), message)
+
+    @pytest.mark.parametrize("package", ["typer", "rich"])
+    def test_without_its_packages(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+        assert_refused(run(capsys, "--help"), "pip install 'swift_kernels[cli]'", code=1)
+
+    def test_runs_as_a_module(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "swift_kernels", "rollout", "--n", "x"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("swift-kernels: ")
+
+
+BAD_INPUT = {
+    "unknown-task": (["rollout", "--model", "MODEL", "--task", "sum", "--output", "OUT"], "task 'sum' is unknown"),
+    "n-0": (["rollout", "--model", "MODEL", "--task", "sums", "--output", "OUT", "--n", "0"], "n is 0"),
+    "problems-0": (
+        ["rollout", "--model", "MODEL", "--task", "sums", "--output", "OUT", "--problems", "0"],
+        "the number of problems is 0",
+    ),
+    "context": (
+        ["rollout", "--model", "MODEL", "--task", "sums", "--output", "OUT", "--max-new-tokens", "500"],
+        "takes at most 256",
+    ),
+    "no-model": (["rollout", "--model", "/nowhere/model", "--task", "sums", "--output", "OUT"], "cannot be loaded"),
+    "dtype": (
+        ["rollout", "--model", "MODEL", "--task", "sums", "--output", "OUT", "--dtype", "int8"],
+        "--dtype is 'int8': expected one of",
+    ),
+    "device": (
+        ["rollout", "--model", "MODEL", "--task", "sums", "--output", "OUT", "--device", "abacus"],
+        "--device 'abacus' cannot be used",
+    ),
+    "no-rollouts": (["train", "/nowhere/r.jsonl", "--model", "MODEL", "--output", "OUT"], "does not exist"),
+    "layer": (["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--layers", "7"], "layer index 7"),
+    "layers": (["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--layers", "top"], "--layers is 'top'"),
+    "validation": (
+        ["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--validation", "1.5"],
+        "validation is 1.5",
+    ),
+    "output-is-a-file": (["train", "ROLLOUTS", "--model", "MODEL", "--output", "ROLLOUTS"], "is a file: expected a"),
+    "output-is-a-folder": (
+        ["score", "ROLLOUTS", "--model", "MODEL", "--head", "HEAD", "--output", "HEAD"],
+        "is a folder: expected a file",
+    ),
+    "eval-n": (["eval", "ROLLOUTS", "--model", "MODEL", "--head", "HEAD", "--n", "1,64"], "n is 64: expected 1..4"),
+    "no-head": (["eval", "ROLLOUTS", "--model", "MODEL", "--head", "/nowhere/head"], "/nowhere/head"),
+    "best-of-0": (["best-of", "--model", "MODEL", "--head", "HEAD", "--prompt", "a", "--n", "0"], "n is 0"),
+    "empty-prompt": (["best-of", "--model", "MODEL", "--head", "HEAD", "--prompt", " "], "the prompt is empty"),
+    "long-prompt": (["best-of", "--model", "MODEL", "--head", "HEAD", "--prompt", "x" * 300], "takes at most 256"),
+    "no-answers": (["score", "/nowhere/a.jsonl", "--model", "MODEL", "--head", "HEAD"], "/nowhere/a.jsonl"),
+    "demo-0": (["demo", "--model", "MODEL", "--head", "HEAD", "--problems", "0"], "--problems is 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_gets_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, head_folder: Path, rollouts: Path, name: str
+) -> None:
+    args, message = BAD_INPUT[name]
+    places = {"MODEL": model_folder, "HEAD": head_folder, "ROLLOUTS": rollouts, "OUT": tmp_path / "out"}
+    code, out, err = run(capsys, *(places.get(argument, argument) for argument in args))
+    last = err.splitlines()[-1]
+    # Progress may have been told before.
+    assert (code, out) == (2, "")
+    assert message in last
+    assert last.startswith("swift-kernels: ")
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").is_dir()
+
+
+def test_a_head_of_another_model_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, head_folder: Path, rollouts: Path
+) -> None:
+    other = tiny.save(tmp_path / "other", layers=3)
+    result = run(capsys, "eval", rollouts, "--model", other, "--head", head_folder)
+    assert_refused(result, "the head was trained on tiny-llama, the model is other")
+
+
+class TestRollout:
+    def test_writes_resumes_and_tells(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path
+    ) -> None:
+        # A problem a batch: in float32 a batch of other rows may round otherwise.
+        whole, path = tmp_path / "whole.jsonl", tmp_path / "r.jsonl"
+        code, out, _ = run(capsys, *rollout_args(model_folder, whole, **{"batch-size": 3}), "--json")
+        facts = json.loads(out)
+        assert code == 0
+        assert {name: facts[name] for name in ("output", "problems", "continued", "candidates")} == {
+            "output": str(whole),
+            "problems": 4,
+            "continued": 0,
+            "candidates": 12,
+        }
+        path.write_bytes(whole.read_bytes()[:-30])
+        code, out, err = run(capsys, *rollout_args(model_folder, path, **{"batch-size": 3}))
+        assert code == 0
+        assert "4 problems, 12 answers" in out
+        assert "continuing after 3 problems" in err
+        assert path.read_bytes() == whole.read_bytes()
+
+    def test_refuses_to_mix_settings(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path
+    ) -> None:
+        path = tmp_path / "r.jsonl"
+        run(capsys, *rollout_args(model_folder, path))
+        before = path.read_bytes()
+        result = run(capsys, *rollout_args(model_folder, path, seed=1))
+        assert_refused(result, "was made with other settings: sampling")
+        assert path.read_bytes() == before
+
+    @pytest.mark.skipif(os.name != "posix", reason="SIGINT as a terminal sends it")
+    def test_ctrl_c_keeps_what_is_whole(self, tmp_path: Path, model_folder: Path) -> None:
+        path = tmp_path / "r.jsonl"
+        args = rollout_args(model_folder, path, problems=300, **{"batch-size": 3})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "swift_kernels", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not path.exists() or path.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (130, "")
+        kept = len(read(path).rollouts)
+        assert 3 <= kept < 300
+        assert err.splitlines()[-1] == (
+            f"swift-kernels: interrupted; {kept} problems are in {path}, the same command continues"
+        )
+        assert "Traceback" not in err
+
+
+class TestTrainAndEvaluate:
+    def test_from_rollouts_to_a_head_and_its_figures(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path
+    ) -> None:
+        head = tmp_path / "head"
+        options = ["--model", model_folder, "--output", head, "--lr", "0.05", "--epochs", "10"]
+        code, out, err = run(capsys, "train", rollouts, *options)
+        assert code == 0
+        assert "Best-of-N accuracy on 2 validation problems" in out
+        assert "hidden states: 12/12" in err
+        assert sorted(path.name for path in head.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+        code, out, _ = run(capsys, "eval", rollouts, "--model", model_folder, "--head", head, "--n", "1,4", "--json")
+        facts = json.loads(out)
+        assert code == 0
+        assert list(facts["accuracy"]) == ["1", "4"]
+        assert facts["accuracy"]["4"]["random"]["mean"] == pytest.approx(0.5)
+        assert facts["accuracy"]["4"]["swift"]["mean"] > 0.9
+        code, out, _ = run(capsys, "eval", rollouts, "--model", model_folder, "--head", head)
+        assert code == 0
+        for part in ("SWIFT", "majority vote", "oracle", "Within-problem AUC", "paired"):
+            assert part in out
+        assert max(map(len, out.splitlines())) <= 100
+
+    def test_json_of_training(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path
+    ) -> None:
+        options = [
+            "--model",
+            model_folder,
+            "--output",
+            tmp_path / "h",
+            "--epochs",
+            "1",
+            "--no-gate",
+            "--layers",
+            "0,-1",
+        ]
+        code, out, _ = run(capsys, "train", rollouts, *options, "--json")
+        assert code == 0
+        facts = json.loads(out)
+        assert (len(facts["epochs"]), facts["recipe"]["learning_rate"], facts["test"]) == (1, 1e-4, None)
+        config = SwiftHead.from_pretrained(str(tmp_path / "h")).config
+        assert (config.layers, config.gate, config.task) == ((0, 2), False, "sums")
+
+    def test_nothing_to_learn(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path) -> None:
+        path = tmp_path / "r.jsonl"
+        run(capsys, *rollout_args(model_folder, path))
+        result = run(capsys, "train", path, "--model", model_folder, "--output", tmp_path / "head")
+        assert_refused(result, "all 12 answers are wrong")
+        assert not (tmp_path / "head").exists()
+
+
+class TestBestOf:
+    def test_prints_the_best_and_all(
+        self, capsys: pytest.CaptureFixture[str], model_folder: Path, head_folder: Path
+    ) -> None:
+        args = ["best-of", "--model", model_folder, "--head", head_folder, "--prompt", "What is 3 + 4?", "--n", "5"]
+        args += ["--task", "sums", "--seed", "1"]
+        code, out, _ = run(capsys, *args, "--json")
+        facts = json.loads(out)
+        assert code == 0
+        assert len(facts["candidates"]) == 5
+        scores = [candidate["score"] for candidate in facts["candidates"]]
+        assert facts["score"] == max(score for score in scores if score is not None)
+        code, out, _ = run(capsys, *args)
+        assert code == 0
+        assert "score" in out
+
+    def test_reads_the_prompt_from_stdin(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        model_folder: Path,
+        head_folder: Path,
+    ) -> None:
+        import io
+
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon"))
+        args = ["--model", model_folder, "--head", head_folder, "--prompt", "-", "--n", "2", "--max-new-tokens", "4"]
+        assert run(capsys, "best-of", *args)[0] == 0
+
+
+ANSWERS = [
+    {"prompt": "1+1=", "response": "2", "note": "kept"},
+    {"prompt": "1+1=", "responses": ["2", "3.", [20, 21, 22]]},
+    {"prompt": [5, 6], "response": [7, 8], "finished": False},
+    {"prompt": "1+1=", "response": ""},
+]
+
+
+class TestScore:
+    @pytest.fixture
+    def answers(self, tmp_path: Path) -> Path:
+        path = tmp_path / "answers.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
+        return path
+
+    @pytest.fixture
+    def args(self, answers: Path, model_folder: Path, head_folder: Path) -> list[Any]:
+        return ["score", answers, "--model", model_folder, "--head", head_folder]
+
+    def test_gives_the_lines_back_with_scores(self, capsys: pytest.CaptureFixture[str], args: list[Any]) -> None:
+        code, out, _ = run(capsys, *args)
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert code == 0
+        assert [{key: row[key] for key in given} for row, given in zip(rows, ANSWERS, strict=True)] == ANSWERS
+        assert [list(row)[-1] for row in rows] == ["score", "scores", "score", "score"]
+        assert rows[0]["score"] == pytest.approx(rows[1]["scores"][0], abs=1e-5)
+        # Nothing was fed of an empty answer.
+        assert rows[3]["score"] is None
+
+    def test_writes_a_file(self, capsys: pytest.CaptureFixture[str], args: list[Any], tmp_path: Path) -> None:
+        code, out, _ = run(capsys, *args, "--output", tmp_path / "scored.jsonl", "--json")
+        assert code == 0
+        assert json.loads(out)["lines"] == 4
+        assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 4
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{", "not JSON"),
+            ('{"response": "2"}', "no 'prompt'"),
+            ('{"prompt": "", "response": "2"}', "no 'prompt'"),
+            ('{"prompt": "a"}', "expected either 'response' or 'responses'"),
+            ('{"prompt": "a", "response": "b", "responses": ["c"]}', "expected either 'response' or 'responses'"),
+            ('{"prompt": "a", "responses": "b"}', "responses is not text or token ids"),
+            ('{"prompt": "a", "response": 4}', "response is not text or token ids"),
+            ('{"prompt": "a", "response": "b", "finished": "yes"}', "finished is not true or false"),
+        ],
+        ids=["json", "no-prompt", "empty-prompt", "neither", "both", "one", "number", "finished"],
+    )
+    def test_bad_lines_are_named(
+        self, capsys: pytest.CaptureFixture[str], args: list[Any], answers: Path, line: str, message: str
+    ) -> None:
+        with answers.open("a") as file:
+            file.write(line + "\n")
+        result = run(capsys, *args)
+        assert_refused(result, f"{answers}:5: ")
+        assert message in result[2]
+
+    @pytest.mark.parametrize(
+        ("error", "code", "message"),
+        [
+            (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+        ],
+        ids=["full-disk", "ctrl-c"],
+    )
+    def test_the_old_file_survives(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        args: list[Any],
+        tmp_path: Path,
+        error: BaseException,
+        code: int,
+        message: str,
+    ) -> None:
+        output = tmp_path / "out" / "scored.jsonl"
+        files.write_text(output, "old\n")
+
+        def fail(descriptor: int) -> None:
+            raise error
+
+        monkeypatch.setattr(files.os, "fsync", fail)
+        found, out, err = run(capsys, *args, "--output", output)
+        assert (found, out) == (code, "")
+        assert message in err.splitlines()[-1]
+        assert [path.name for path in output.parent.iterdir()] == ["scored.jsonl"]
+        assert output.read_text() == "old\n"
+
+
+class TestDemo:
+    def test_shows_candidates_tokens_selectors_and_costs(
+        self, capsys: pytest.CaptureFixture[str], model_folder: Path, head_folder: Path
+    ) -> None:
+        args = ["demo", "--model", model_folder, "--head", head_folder, "--problems", "3", "--n", "4"]
+        code, out, _ = run(capsys, *args)
+        assert code == 0
+        for part in ("picked by", "gate", "reward", "majority vote", "oracle", "tokens/s", "bytes"):
+            assert part in out
+        assert max(map(len, out.splitlines())) <= 100
+        assert "\x1b" not in out
+
+        code, out, _ = run(capsys, *args, "--json")
+        facts = json.loads(out)
+        assert code == 0
+        assert facts["evaluation"]["problems"] == 3
+        assert facts["bytes_held_by_scoring"]["sequences"] == 12 * 12
+        for candidate in facts["problem"]["candidates"]:
+            weights = torch.tensor(candidate["gate_reward"]).reshape(-1, 2)
+            if candidate["score"] is not None:
+                pooled = (weights[:, 0] * weights[:, 1]).sum() / weights[:, 0].sum()
+                assert pooled.item() == pytest.approx(candidate["score"], rel=1e-4, abs=1e-5)
