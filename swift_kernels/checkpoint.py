@@ -174,29 +174,36 @@ def fingerprint(model: Any) -> dict[str, Any]:
 
 def check_model(head: SwiftHead, model: Any, *, allow_mismatch: bool = False) -> None:
     """Raises `ModelMismatchError` when `head` was trained on another model, warns when on a relative of this one."""
-    expected = head.config.base_model
-    if expected is None:
+    if head.config.base_model is None:
         return
+    difference, same_model = compare_model(head.config.base_model, model)
+    if not difference:
+        return
+    name = fingerprint(model)["name"]
+    message = f"the head was trained on {head.config.base_model['name']}, the model is {name}: {difference}"
+    if not same_model and not allow_mismatch:
+        raise ModelMismatchError(f"{message}. allow_mismatch=True overrides")
+    warnings.warn(f"{message}; scores may be off", UserWarning, stacklevel=3)
+
+
+def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
+    """How `model` differs from a recorded fingerprint ("" if it does not), and whether it may still be called the same.
+
+    Copies in other dtypes do not differ; a fine-tune differs and is the same; another model is not.
+    """
     actual = fingerprint(model)
-    message = ""
     for key in ("architecture", "hidden_size", "num_hidden_layers"):
-        if expected[key] != actual[key]:
-            message = f"{key} is {actual[key]}, the head expects {expected[key]}"
-    distance = 0.0
-    if not message:
-        # Vocabularies may be padded differently; the row is one both have.
-        row = min(expected["embedding_row"], model.get_input_embeddings().weight.shape[0] - 1)
-        actual["embedding_values"] = _sample(model.get_input_embeddings().weight[row])
-        for key in ("embedding_values", "final_norm_values"):
-            distance = max(distance, _distance(expected[key], actual[key]))
-        if distance > RELATED_TOLERANCE:
-            message = f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}"
-    names = f"the head was trained on {expected['name']}, the model is {actual['name']}"
-    if message and not allow_mismatch:
-        raise ModelMismatchError(f"{names}: {message}. allow_mismatch=True overrides")
-    if message or distance > SAME_TOLERANCE:
-        reason = message or f"its weights are {distance:.3f} away (relative), as a fine-tune's would be"
-        warnings.warn(f"{names}: {reason}; scores may be off", UserWarning, stacklevel=3)
+        if recorded[key] != actual[key]:
+            return f"{key} is {actual[key]}, expected {recorded[key]}", False
+    embedding = model.get_input_embeddings().weight
+    # Vocabularies may be padded differently; the row is one both have.
+    actual["embedding_values"] = _sample(embedding[min(recorded["embedding_row"], embedding.shape[0] - 1)])
+    distance = max(_distance(recorded[key], actual[key]) for key in ("embedding_values", "final_norm_values"))
+    if distance > RELATED_TOLERANCE:
+        return f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}", False
+    if distance > SAME_TOLERANCE:
+        return f"its weights are {distance:.3f} away (relative), as a fine-tune's would be", True
+    return "", True
 
 
 def _final_norm(model: Any) -> Any:

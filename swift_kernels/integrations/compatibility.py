@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -63,3 +64,10 @@ def check_context(model: Any, length: int) -> None:
     limit = getattr(features.text_config(model), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(f"a sequence has {length} tokens: {type(model).__name__} takes at most {limit}")
+
+
+def forward_options(model: Any, feature_source: str) -> dict[str, Any]:
+    """Keeps a forward that is read for its hidden states from computing a vocabulary of logits for every token."""
+    if feature_source != features.LOGITS and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return {"logits_to_keep": 1}
+    return {}

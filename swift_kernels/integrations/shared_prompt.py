@@ -7,7 +7,6 @@ nearly all of the work.
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +16,13 @@ from torch import Tensor
 
 from swift_kernels import features, reference
 from swift_kernels.head import HeadConfig, SwiftHead
-from swift_kernels.integrations.compatibility import check_context, check_head, eos_token_ids, generating_model
+from swift_kernels.integrations.compatibility import (
+    check_context,
+    check_head,
+    eos_token_ids,
+    forward_options,
+    generating_model,
+)
 
 
 @torch.no_grad()
@@ -50,9 +55,7 @@ def forward_responses(
         return cu_seqlens
     check_context(model, len(prompt) + max(scored[index][-1] + 1 for index in live))
     device = next(model.parameters()).device
-    options: dict[str, Any] = {"use_cache": True}
-    if config.features != features.LOGITS and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1  # a vocabulary's worth of values a token that nobody reads
+    options = {"use_cache": True, **forward_options(model, config.features)}
     prompt_cache = model(input_ids=torch.tensor([list(prompt)], device=device), **options).past_key_values
     # Of like length together: a forward is as long as its longest response.
     live.sort(key=lambda index: scored[index][-1])

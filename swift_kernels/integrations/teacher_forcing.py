@@ -10,7 +10,13 @@ from torch import Tensor
 
 from swift_kernels import features, reference
 from swift_kernels.head import HeadConfig, SwiftHead
-from swift_kernels.integrations.compatibility import check_context, check_head, eos_token_ids, generating_model
+from swift_kernels.integrations.compatibility import (
+    check_context,
+    check_head,
+    eos_token_ids,
+    forward_options,
+    generating_model,
+)
 
 
 def forward_packed(
@@ -53,7 +59,8 @@ def forward_packed(
     handles = features.tap(model, config.features, config.layers, lambda k, entry: consume(k, entry[picked]))
     try:
         with torch.no_grad():
-            model(input_ids=token_ids, attention_mask=mask, use_cache=False)
+            options = forward_options(model, config.features)
+            model(input_ids=token_ids, attention_mask=mask, use_cache=False, **options)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.compatibility import check_context
 from swift_kernels.integrations.transformers import attach
+from swift_kernels.selection.pick import best_index
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,6 @@ class BestOfN:
     @property
     def score(self) -> float:
         return self.best.score
-
-
-def best_index(scores: Sequence[float]) -> int:
-    """Index of the greatest score, the first of equals; NaN is never chosen."""
-    scored = [index for index, score in enumerate(scores) if not math.isnan(score)]
-    if not scored:
-        raise ValueError(f"none of {len(scores)} candidates has a score: every answer ended before its first token")
-    return max(scored, key=lambda index: scores[index])
 
 
 def best_of_n(

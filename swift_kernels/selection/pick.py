@@ -12,7 +12,9 @@ def best_index(scores: Sequence[float]) -> int:
     """Index of the greatest score, the first of equals; NaN is never chosen."""
     scored = [index for index, score in enumerate(scores) if not math.isnan(score)]
     if not scored:
-        raise ValueError(f"none of {len(scores)} candidates has a score")
+        raise ValueError(
+            f"none of {len(scores)} candidates has a score: every answer ended before its first token counted"
+        )
     return max(scored, key=lambda index: scores[index])
 
 

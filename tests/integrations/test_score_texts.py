@@ -5,7 +5,6 @@ import torch
 
 from swift_kernels import SwiftHead, best_of_n, score_texts
 from swift_kernels.features import scored_tokens
-from swift_kernels.selection.best_of_n import best_index
 from tests.architectures import tiny_model
 
 
@@ -71,20 +70,6 @@ def test_bad_input_is_named(model, head, prompts, responses, options, message):
     tokenizer = lambda text, **_: {"input_ids": [ord(character) % 90 + 6 for character in text]}  # noqa: E731
     with pytest.raises(ValueError, match=message):
         score_texts(model, tokenizer, head, prompts, responses, **options)
-
-
-@pytest.mark.parametrize(
-    ("scores", "best"),
-    [([0.1, 0.3, 0.2], 1), ([float("nan"), -5.0], 1), ([0.2, 0.2], 0), ([-1.0], 0)],
-    ids=["greatest", "nan", "tie", "one"],
-)
-def test_best_index(scores, best):
-    assert best_index(scores) == best
-
-
-def test_nothing_to_choose_from():
-    with pytest.raises(ValueError, match="none of 2 candidates has a score"):
-        best_index([float("nan")] * 2)
 
 
 @pytest.mark.parametrize(
