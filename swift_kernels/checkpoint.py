@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from swift_kernels import features, files
-from swift_kernels.head import HeadConfig, SwiftHead, check_finite
+from swift_kernels.head import DTYPES, HeadConfig, SwiftHead, check_finite
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -49,6 +49,11 @@ class ModelMismatchError(CheckpointError):
 def save(head: SwiftHead, path: str | Path) -> None:
     """Writes `head` into the folder `path`: the weights first, the config last, each replaced atomically."""
     check_finite(head, "not saved")
+    if head.weight.dtype != DTYPES[head.config.dtype]:
+        raise ValueError(
+            f"the weights are {head.weight.dtype}, the config says {head.config.dtype}: convert with "
+            "head.with_config(dtype=...)"
+        )
     save_file = _safetensors().save_file
     folder = Path(path)
     with files.replacing(folder / WEIGHTS_NAME) as temporary:
@@ -67,12 +72,16 @@ def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = F
         CheckpointError: a file is missing, truncated, has missing or extra keys, or holds non-finite weights.
         ModelMismatchError: `model` is not the one the head was trained on, and `allow_mismatch` is False.
     """
+    if not str(path):
+        raise CheckpointError("the path of the head is empty: expected a folder, a packaged head or a Hub id")
     if Path(path).suffix in (".pt", ".pth", ".bin"):
         raise CheckpointError(f"{path} is a pickle: load heads of the authors' code with SwiftHead.from_upstream")
     folder = next((place for place in (Path(path), PACKAGED_HEADS / path) if place.is_dir()), None)
     if folder is None:
         folder = _download(str(path), **hub)
-    head = SwiftHead(_read_config(folder / CONFIG_NAME))
+    config = _read_config(folder / CONFIG_NAME)
+    _check_size(folder / WEIGHTS_NAME, config)
+    head = SwiftHead(config)
     head.load_state_dict(_read_weights(folder / WEIGHTS_NAME, head))
     check_finite(head, str(folder / WEIGHTS_NAME))
     head.requires_grad_(False)
@@ -122,10 +131,10 @@ def load_upstream(
         raise CheckpointError(f"{path} does not exist: expected a .pt file of the authors' code") from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and was not loaded: {_first_line(error)}") from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # unpickling damaged bytes can raise anything
         raise CheckpointError(f"{path} cannot be read, is it truncated? {_first_line(error)}") from None
-    if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path} holds a {type(tensors).__name__}: expected a state dict")
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} holds a {type(tensors).__name__}: expected a state dict of tensors")
     gate = "fused_layer.weight" in tensors
     name = "fused_layer" if gate else "reward_layer"
     expected = {f"{name}.weight", f"{name}.bias"}
@@ -136,6 +145,10 @@ def load_upstream(
         )
     head = SwiftHead.for_model(model, layers, gate=gate)
     for parameter, key in ((head.weight, f"{name}.weight"), (head.bias, f"{name}.bias")):
+        if not tensors[key].is_floating_point() or tensors[key].layout != torch.strided:
+            raise CheckpointError(
+                f"{path}: {key} is {tensors[key].dtype}, {tensors[key].layout}: expected dense floats"
+            )
         if tensors[key].shape != parameter.shape:
             raise CheckpointError(
                 f"{path}: {key} has shape {list(tensors[key].shape)}: expected {list(parameter.shape)} for layers "
@@ -191,6 +204,7 @@ def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
 
     Copies in other dtypes do not differ; a fine-tune differs and is the same; another model is not.
     """
+    check_fingerprint(recorded)
     actual = fingerprint(model)
     for key in ("architecture", "hidden_size", "num_hidden_layers"):
         if recorded[key] != actual[key]:
@@ -199,11 +213,30 @@ def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
     # Vocabularies may be padded differently; the row is one both have.
     actual["embedding_values"] = _sample(embedding[min(recorded["embedding_row"], embedding.shape[0] - 1)])
     distance = max(_distance(recorded[key], actual[key]) for key in ("embedding_values", "final_norm_values"))
-    if distance > RELATED_TOLERANCE:
+    if not distance <= RELATED_TOLERANCE:  # NaN is no likeness
         return f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}", False
     if distance > SAME_TOLERANCE:
         return f"its weights are {distance:.3f} away (relative), as a fine-tune's would be", True
     return "", True
+
+
+def check_fingerprint(recorded: Any) -> None:
+    """Raises when something read from a file is no fingerprint of a model."""
+    kinds = {"name": str, "architecture": str, "hidden_size": int, "num_hidden_layers": int, "embedding_row": int}
+    wrong = not isinstance(recorded, dict) or any(
+        not isinstance(recorded.get(key), kind) for key, kind in kinds.items()
+    )
+    for key in ("embedding_values", "final_norm_values"):
+        values = None if wrong else recorded.get(key)
+        if isinstance(values, list):
+            wrong = any(not isinstance(value, int | float) for value in values)
+        elif values is not None or key == "embedding_values":
+            wrong = True
+    if wrong:
+        raise CheckpointError(
+            "the fingerprint of the base model is damaged: expected name, architecture, sizes and values as "
+            "checkpoint.fingerprint gives them"
+        )
 
 
 def _final_norm(model: Any) -> Any:
@@ -239,7 +272,9 @@ def _read_config(path: Path) -> HeadConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: expected a head's config") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON, is it truncated? {_first_line(error)}") from None
     if not isinstance(raw, dict) or raw.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{path} is no head's config of format version {FORMAT_VERSION}")
@@ -251,9 +286,21 @@ def _read_config(path: Path) -> HeadConfig:
         missing, extra = sorted(known - set(raw)), sorted(set(raw) - known)
         raise CheckpointError(f"{path} lacks keys {missing} and has unknown keys {extra}")
     try:
-        return HeadConfig(**raw)
+        config = HeadConfig(**raw)
+        if config.base_model is not None:
+            check_fingerprint(config.base_model)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    return config
+
+
+def _check_size(path: Path, config: HeadConfig) -> None:
+    """Raises when the weights file is smaller than the config says, before memory is taken for it."""
+    needed = config.num_outputs * (config.num_features + 1) * DTYPES[config.dtype].itemsize
+    if path.is_file() and path.stat().st_size < needed:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes, the config calls for {needed} of weights, is it truncated?"
+        )
 
 
 def _read_weights(path: Path, head: SwiftHead) -> dict[str, Tensor]:

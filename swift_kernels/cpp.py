@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from swift_kernels.files import cache_folder
+
 LIBRARY_NAME = "libswift_kernels.so"
 
 # -ffp-contract=off: a compiler free to fuse a multiply and an add may do so in one copy of the code and not in another,
@@ -94,7 +96,7 @@ def _load_shipped() -> Path | None:
 
 
 def _load_built() -> Path:
-    library = _cache_folder() / _build_key() / LIBRARY_NAME
+    library = cache_folder() / _build_key() / LIBRARY_NAME
     if not library.exists():
         _logger.info("building the C++ kernels into %s; this happens once", library)
         compile_library(library)
@@ -103,12 +105,6 @@ def _load_built() -> Path:
     except OSError as error:
         raise BuildError(f"{library} does not load ({error}); delete it to build it again") from error
     return library
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("SWIFT_KERNELS_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift_kernels"
 
 
 def _build_key() -> str:

@@ -11,8 +11,13 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it over `path` on success, removes it on any exception."""
-    target = Path(path)
+    """Yields a temporary path beside `path`; renames it over `path` on success, removes it on any exception.
+
+    A symbolic link is followed; what is no regular file (a device, a pipe) is refused, as renaming would destroy it.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no regular file: expected a path that may be replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(descriptor)
@@ -36,3 +41,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replaces the content of `path` by `text`, or leaves it as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """Where built kernels and converted models are kept: `$SWIFT_KERNELS_CACHE`, or a folder in the user's cache."""
+    if folder := os.environ.get("SWIFT_KERNELS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift_kernels"

@@ -54,6 +54,10 @@ class HeadConfig:
             raise ValueError(f"widths is {list(self.widths)}: expected one positive width per selected entry")
         if self.features not in features.FEATURE_SOURCES:
             raise ValueError(f"features is {self.features!r}: expected one of {list(features.FEATURE_SOURCES)}")
+        if not isinstance(self.gate, bool):
+            raise ValueError(f"gate is {self.gate!r}: expected true or false")
+        if not isinstance(self.metrics, dict) or not isinstance(self.task, str | None):
+            raise ValueError(f"metrics is {self.metrics!r}, task {self.task!r}: expected an object, and text or null")
         if self.span not in SPANS:
             raise ValueError(f"span is {self.span!r}: expected one of {list(SPANS)}")
         if self.dtype not in DTYPES:

@@ -273,3 +273,72 @@ def test_an_interrupt_while_writing_leaves_the_old_checkpoint(saved):
     assert result.returncode in (1, -signal.SIGINT, 130)
     assert "KeyboardInterrupt" in result.stderr
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_symbolic_link_is_followed_and_a_pipe_is_left_alone(tmp_path):
+    import os
+
+    from swift_kernels.files import write_text
+
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="is no regular file"):
+        write_text(pipe, "text")
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [{}, "x", {"name": 3}, {"embedding_values": [None]}, {"embedding_row": "1"}],
+    ids=["empty", "text", "partial", "values", "row"],
+)
+def test_a_damaged_fingerprint_is_named(saved, model, recorded):
+    if isinstance(recorded, dict) and recorded:
+        recorded = {**json.loads((saved / "config.json").read_text())["base_model"], **recorded}
+    edit_config(saved, base_model=recorded)
+    with pytest.raises(CheckpointError, match="fingerprint of the base model is damaged"):
+        SwiftHead.from_pretrained(saved, model=model)
+
+
+def test_a_fingerprint_of_nans_is_another_model(saved, model):
+    config = json.loads((saved / "config.json").read_text())["base_model"]
+    edit_config(saved, base_model={**config, "embedding_values": [float("nan")] * 32})
+    with pytest.raises(ModelMismatchError):
+        SwiftHead.from_pretrained(saved, model=model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"widths": [10**12] * 4}, "the config calls for"),
+        ({"gate": "yes"}, "gate is 'yes'"),
+        ({"metrics": []}, "metrics is"),
+        ({"task": 5}, "task 5"),
+    ],
+    ids=["huge", "gate", "metrics", "task"],
+)
+def test_configs_of_wrong_values_are_named(saved, changes, message):
+    edit_config(saved, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        SwiftHead.from_pretrained(saved)
+
+
+def test_heads_of_another_dtype_than_their_config_are_not_saved(model, tmp_path):
+    with pytest.raises(ValueError, match=r"the weights are torch\.float16, the config says float32"):
+        SwiftHead.for_model(model).half().save_pretrained(tmp_path)
+
+
+def test_a_head_that_diverged_is_not_attached(model):
+    from swift_kernels import attach, score_texts
+
+    head = SwiftHead.for_model(model)
+    head.weight.data[0, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"weight\[0, 3\] is nan"):
+        attach(model, head)
+    with pytest.raises(ValueError, match=r"weight\[0, 3\] is nan"):
+        score_texts(model, None, head, [[7]], [[8]])

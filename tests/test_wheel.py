@@ -119,6 +119,17 @@ def test_the_wheel_carries_sources_and_heads_and_nothing_else(pure):
         assert f"swift_kernels/{name}" in names
 
 
+def test_the_wheel_has_every_package_and_its_command_starts(pure, source):
+    names = zipfile.ZipFile(next(pure.glob("*.whl"))).namelist()
+    packages = {path.parent.relative_to(source) for path in (source / "swift_kernels").rglob("__init__.py")}
+    assert {f"{package}/__init__.py" for package in packages} <= set(names)
+    environment = {**os.environ, "PYTHONPATH": str(pure / "site")}
+    command = [sys.executable, "-m", "swift_kernels", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=pure, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "rollout" in result.stdout
+
+
 def test_without_compiler_and_triton_the_reference_scores_with_one_warning(pure):
     kind, _, warnings, text = score(pure, absent=("triton", "transformers"), path=NO_COMPILER)
     assert kind == "reference"

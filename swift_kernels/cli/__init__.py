@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _explain(error)
         return 2
-    except ImportError as error:
+    except Exception as error:
         _explain(error)
         return 1
 
@@ -64,6 +64,8 @@ def _explain(error: Exception) -> None:
     if os.environ.get("SWIFT_KERNELS_DEBUG", "0") not in ("", "0"):
         raise error
     text = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, ValueError | ImportError | OSError):
+        text = f"{type(error).__name__}: {text} (SWIFT_KERNELS_DEBUG=1 shows where)"
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
         if error.errno == errno.ENOSPC:

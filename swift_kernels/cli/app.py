@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-HEADS = Path(__file__).parent.parent / "heads"
-
 app = typer.Typer(
     name="swift-kernels",
     help="Score a language model's answers while they are decoded, and pick the best.",
@@ -55,7 +53,8 @@ def rollout(
     from swift_kernels.training.rollouts import RolloutWriter, read
 
     chosen = get_task(task)
-    sampling = Sampling(n, temperature, top_p, top_k, max_new_tokens or chosen.max_new_tokens, seed)
+    limit = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
+    sampling = Sampling(n, temperature, top_p, top_k, limit, seed)
     _at_least("--batch-size", batch_size, 1)
     wanted = chosen.problems(split, problems, seed)
     chat = chosen.chat if chat is None else chat
@@ -240,7 +239,7 @@ def best_of(
     stop: tuple[str, ...] = ()
     if template is not None:
         text, stop, chat = template.prompt(text.strip()), template.stop, chat or template.chat
-    limit = max_new_tokens or (256 if template is None else template.max_new_tokens)
+    limit = (256 if template is None else template.max_new_tokens) if max_new_tokens is None else max_new_tokens
     Sampling(n, temperature, top_p, top_k, limit)
     lm, tokenizer = _load_model(model, device, dtype)
     reward_head = _load_head(head, lm, allow_mismatch)
@@ -371,9 +370,7 @@ def _load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, 
 def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
     from swift_kernels import checkpoint
 
-    shipped = HEADS / name
-    path = shipped if not Path(name).exists() and (shipped / checkpoint.CONFIG_NAME).is_file() else name
-    return checkpoint.load(path, model=model, allow_mismatch=allow_mismatch)
+    return checkpoint.load(name, model=model, allow_mismatch=allow_mismatch)
 
 
 def _parse_layers(text: str) -> str | list[int]:

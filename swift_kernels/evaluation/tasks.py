@@ -204,10 +204,16 @@ class JsonlTask:
         return _take(iter(made), split, count, self.name)
 
     def _read(self) -> Iterator[Problem]:
+        seen: dict[str, str] = {}
         for place, row in read_jsonl(self._path):
             question = _string(row, ("problem", "question"), place)
             answer = _string(row, ("answer",), place).rpartition("####")[2].strip()
             identity = str(row.get("unique_id", row.get("id", place.rpartition(":")[2])))
+            if identity in seen:
+                raise TaskError(
+                    f"{place}: id {identity!r} is that of {seen[identity]}: expected a different one a line"
+                )
+            seen[identity] = place
             yield Problem(identity, _normalised(question), question, answer)
 
     def prompt(self, question: str) -> str:

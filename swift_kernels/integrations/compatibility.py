@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from swift_kernels import features
 from swift_kernels.checkpoint import check_model
-from swift_kernels.head import SwiftHead
+from swift_kernels.head import SwiftHead, check_finite
 
 
 def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> None:
     """Raises when the features of `head` cannot be read from `model`, or it was trained on another model."""
     config, layout, name = head.config, features.model_layout(model), type(model).__name__
+    check_finite(head, "the head cannot score")
     check_model(head, model, allow_mismatch=allow_mismatch)
     if config.features == features.LOGITS:
         if config.widths != (layout.vocab_size,):
@@ -51,19 +53,27 @@ def generating_model(model: Any) -> nn.Module:
     )
 
 
-def eos_token_ids(model: Any) -> list[int]:
-    """The end-of-sequence ids that `generate` stops at."""
-    eos = model.generation_config.eos_token_id
+def eos_token_ids(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:
+    """The end-of-sequence ids that `generate` stops at: those given to it, or those of the generation config."""
+    eos = model.generation_config.eos_token_id if eos is None else eos
     if eos is None:
         return []
-    return list(eos) if isinstance(eos, list | tuple) else [eos]
+    return [eos] if isinstance(eos, int) else list(eos)
 
 
-def check_context(model: Any, length: int) -> None:
-    """Raises when `length` tokens do not fit the model's context."""
+def check_context(model: Any, length: int, what: str = "a sequence") -> None:
+    """Raises when `what`, of `length` tokens, does not fit the model's context."""
     limit = getattr(features.text_config(model), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise ValueError(f"a sequence has {length} tokens: {type(model).__name__} takes at most {limit}")
+        raise ValueError(f"{what} has {length} tokens: {type(model).__name__} takes at most {limit}")
+
+
+def check_token_ids(model: Any, token_ids: Sequence[int], what: str) -> None:
+    """Raises when `what` has an id outside of the model's vocabulary."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    wrong = next((token for token in token_ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ValueError(f"{what} has token id {wrong}: expected 0..{vocabulary - 1}")
 
 
 def forward_options(model: Any, feature_source: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ read from the installed wheels, without importing them, and converted once into 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from swift_kernels.files import cache_folder
 
 
 class ModelError(ValueError):
@@ -76,14 +77,6 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$SWIFT_KERNELS_CACHE`, or `swift_kernels` in the user's cache folder."""
-    root = os.environ.get("SWIFT_KERNELS_CACHE")
-    if root:
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "swift_kernels"
 
 
 def _converted(name: str) -> Path:

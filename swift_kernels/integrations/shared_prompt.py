@@ -19,6 +19,7 @@ from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.integrations.compatibility import (
     check_context,
     check_head,
+    check_token_ids,
     eos_token_ids,
     forward_options,
     generating_model,
@@ -54,6 +55,9 @@ def forward_responses(
     if not live:
         return cu_seqlens
     check_context(model, len(prompt) + max(scored[index][-1] + 1 for index in live))
+    check_token_ids(model, prompt, "the prompt")
+    for index in live:
+        check_token_ids(model, responses[index], f"response {index}")
     device = next(model.parameters()).device
     options = {"use_cache": True, **forward_options(model, config.features)}
     prompt_cache = model(input_ids=torch.tensor([list(prompt)], device=device), **options).past_key_values

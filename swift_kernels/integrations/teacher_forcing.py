@@ -13,6 +13,7 @@ from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.integrations.compatibility import (
     check_context,
     check_head,
+    check_token_ids,
     eos_token_ids,
     forward_options,
     generating_model,
@@ -24,6 +25,7 @@ def forward_packed(
     config: HeadConfig,
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
     consume: Callable[[int, Tensor], None],
+    eos: Sequence[int] | None = None,
 ) -> Tensor:
     """One teacher-forced forward; hands over the scored tokens' hidden states entry by entry and keeps none.
 
@@ -31,13 +33,14 @@ def forward_packed(
         model: a decoder-only model.
         config: of the head: which entries, and which tokens count (`span`).
         sequences: (prompt ids, response ids) of each; an end-of-sequence token ends a response that finished.
+        eos: ids that end an answer, if they are not those of the model's generation config.
         consume: called with k and the k-th selected entry, `[tokens, width]`, of the scored tokens of all sequences.
 
     Returns:
         int64 `[sequences + 1]` cumulative numbers of scored tokens.
     """
     device = next(model.parameters()).device
-    eos = eos_token_ids(model)
+    eos = eos_token_ids(model) if eos is None else eos
     rows, columns, lengths, fed = [], [], [], []
     for row, (prompt, response) in enumerate(sequences):
         if not prompt:
@@ -75,6 +78,7 @@ def score_texts(
     responses: Sequence[str | Sequence[int]],
     *,
     finished: bool | Sequence[bool] = True,
+    eos_token_id: int | Sequence[int] | None = None,
     batch_size: int = 16,
     allow_mismatch: bool = False,
 ) -> Tensor:
@@ -86,11 +90,14 @@ def score_texts(
         prompts, responses: one of each per answer. Token ids of a response that finished end with the end-of-sequence
             token, as `generate` returns them, without padding.
         finished: whether a response given as text ended by itself; a truncated one's last token does not count.
+        eos_token_id: the id or ids that end an answer, if they are not those of the model's generation config.
         batch_size: sequences a forward.
 
     Returns:
         float32 `[answers]` on the CPU; NaN for an answer without scored tokens.
     """
+    if isinstance(prompts, str) or isinstance(responses, str):
+        raise ValueError("prompts and responses are lists, one of each per answer: put a single text into a list")
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: expected as many of each")
     if batch_size < 1:
@@ -100,7 +107,10 @@ def score_texts(
         raise ValueError(f"finished has {len(ended)} values for {len(responses)} responses")
     model = generating_model(model)
     check_head(model, head, allow_mismatch=allow_mismatch)
-    end = eos_token_ids(model)[:1]
+    if tokenizer is None and any(isinstance(text, str) for text in (*prompts, *responses)):
+        raise ValueError("prompts or responses are text: expected the model's tokenizer, got None")
+    eos = eos_token_ids(model, eos_token_id)
+    end = eos[:1]
     sequences = []
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         prompt_ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
@@ -112,6 +122,9 @@ def score_texts(
             response_ids = [*response_ids, *(end or [0])] if ended[index] else response_ids
         else:
             response_ids = list(response)
+        check_token_ids(model, prompt_ids, f"prompts[{index}]")
+        check_token_ids(model, response_ids, f"responses[{index}]")
+        check_context(model, len(prompt_ids) + max(len(response_ids) - 1, 0), f"prompts[{index}] and its response")
         sequences.append((prompt_ids, response_ids))
     weight, bias = head.weight.detach(), head.bias.detach()
     offsets = torch.tensor([0, *head.config.widths]).cumsum(0).tolist()
@@ -125,7 +138,7 @@ def score_texts(
             columns = weight[:, offsets[k] : offsets[k + 1]].to(entry.device)
             logits[0] = logits[0].to(entry.device) + reference.project([entry], columns, bias.new_zeros(()))
 
-        cu_seqlens = forward_packed(model, head.config, [sequences[index] for index in batch], add)
+        cu_seqlens = forward_packed(model, head.config, [sequences[index] for index in batch], add, eos)
         if int(cu_seqlens[-1]):
             scores[torch.tensor(batch)] = reference.pool(logits[0].cpu(), cu_seqlens)
     return scores

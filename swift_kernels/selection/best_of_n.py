@@ -70,10 +70,12 @@ def best_of_n(
         n: number of answers.
         max_new_tokens: most tokens an answer may have.
         batch_size: answers decoded at once; all of them unless told otherwise.
-        generate_kwargs: for `model.generate`; sampling is on unless `do_sample=False`.
+        generate_kwargs: for `model.generate`; sampling is on.
     """
     if n < 1:
         raise ValueError(f"n is {n}: expected at least 1")
+    if n > 1 and generate_kwargs.get("do_sample") is False:
+        raise ValueError(f"do_sample=False gives one answer {n} times over: expected n=1 or sampling")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     if not prompt:

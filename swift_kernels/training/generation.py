@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,8 +39,10 @@ class Sampling:
         for name, value in (("n", self.n), ("max_new_tokens", self.max_new_tokens)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: expected at least 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}: expected more than 0, or n equal answers come out")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}: expected a finite value above 0, or n equal answers come out"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: expected more than 0, at most 1")
         if self.top_k < 0:
