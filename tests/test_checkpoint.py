@@ -235,7 +235,7 @@ def test_heads_of_normalised_layers_are_refused(model, tmp_path):
 
 
 SAVING = """
-import resource, signal, sys, torch
+import resource, signal, sys, time, torch
 from swift_kernels import SwiftHead
 head = SwiftHead([4096] * 33)
 print("ready", flush=True)
@@ -249,6 +249,7 @@ def run_saving(before, folder, **options):
         [sys.executable, "-c", textwrap.dedent(SAVING).format(before=before), str(folder)],
         capture_output=True,
         text=True,
+        timeout=120,
         **options,
     )
 
@@ -267,7 +268,9 @@ def test_an_interrupt_while_writing_leaves_the_old_checkpoint(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     interrupt = (
         "import safetensors.torch as st, os; original = st.save_file\n"
-        "st.save_file = lambda *a: (original(*a), os.kill(os.getpid(), signal.SIGINT), signal.pause())"
+        # Started in the background, this process would have inherited that interrupts are ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "st.save_file = lambda *a: (original(*a), os.kill(os.getpid(), signal.SIGINT), time.sleep(60))"
     )
     result = run_saving(interrupt, saved)
     assert result.returncode in (1, -signal.SIGINT, 130)

@@ -215,7 +215,12 @@ class TestRollout:
         path = tmp_path / "r.jsonl"
         args = rollout_args(model_folder, path, problems=300, **{"batch-size": 3})
         process = subprocess.Popen(
-            [sys.executable, "-m", "swift_kernels", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "swift_kernels", *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Where the tests run in the background, the command would inherit that interrupts are ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 120
         while not path.exists() or path.read_bytes().count(b"\n") < 4:
