@@ -76,12 +76,44 @@ def seconds_without_core() -> float:
     return nanoseconds * 1e-9
 
 
+def cuda_seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call on an idle GPU, launch and all, until the GPU is done."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def replay_seconds(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Time of a call without its launch: all of `calls` captured into one CUDA graph, replayed `repeats` times."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    samples = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    return samples
+
+
 class ReadBandwidth:
     """The rate at which this machine's memory can be read, in bytes a second: the best of torch's reductions of a
     buffer far larger than its caches. Sample it between the measurements that it is to be compared with."""
 
-    def __init__(self, seconds: Callable[[Callable[[], object]], float | None]) -> None:
-        buffer = torch.ones(FLOOR_BYTES // 4)
+    def __init__(self, seconds: Callable[[Callable[[], object]], float | None], device: torch.device) -> None:
+        buffer = torch.ones(FLOOR_BYTES // 4, device=device)
         self._seconds = seconds
         self._reductions: dict[str, Callable[[], object]] = {
             "sum": buffer.sum,

@@ -34,6 +34,10 @@ SAMPLES = {1: 400, 8: 300, 64: 100}
 """Of each contender, by the number of rows; 50 at more."""
 
 FEWEST_SAMPLES = 10
+"""A contender with fewer undisturbed calls gets no figure."""
+
+CLOCKS = {"seconds": "call included", "replay_seconds": "CUDA graph replay"}
+
 PATIENCE = 4
 """Rounds for each sample that is asked for, before a busy machine is given up on."""
 
@@ -49,10 +53,11 @@ def main() -> None:
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     arguments = parser.parse_args()
     device = common.choose_device(arguments.device)
-    if device.type != "cpu":
-        parser.error(f"only the CPU is measured here so far, not {device}; pass --device cpu")
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    seconds = common.seconds if torch.get_num_threads() > 1 else common.cpu_seconds
+    if device.type == "cuda":
+        seconds: Callable[..., float | None] = common.cuda_seconds
+    else:
+        seconds = common.seconds if torch.get_num_threads() > 1 else common.cpu_seconds
     with torch.no_grad():
         result = {
             "environment": common.environment(device),
@@ -61,7 +66,7 @@ def main() -> None:
             "widths": WIDTHS,
             "dtype": str(DTYPE),
             "rows": {
-                rows: measure_cpu(rows, SAMPLES.get(rows, 50) // (5 if arguments.quick else 1), seconds)
+                rows: measure(rows, SAMPLES.get(rows, 50) // (5 if arguments.quick else 1), seconds, device)
                 for rows in map(int, arguments.rows.split(","))
             },
         }
@@ -74,9 +79,11 @@ def main() -> None:
         print(f"every sample: {path}")
 
 
-def measure_cpu(rows: int, wanted: int, seconds: Callable[[Callable[[], object]], float | None]) -> dict[str, Any]:
-    weight, bias = make_head()
-    sets = make_inputs(rows)
+def measure(
+    rows: int, wanted: int, seconds: Callable[[Callable[[], object]], float | None], device: torch.device
+) -> dict[str, Any]:
+    weight, bias = (tensor.to(device) for tensor in make_head())
+    sets = [[entry.to(device) for entry in entries] for entries in make_inputs(rows)]
     contenders = [ours(weight, bias, rows, WIDTHS), *rivals(weight, bias, rows, WIDTHS)]
     print(f"{rows} rows: checking and warming up {len(contenders)} contenders", file=sys.stderr)
     # Static shapes: every row count compiles anew, and is not to count against another's limit.
@@ -87,12 +94,12 @@ def measure_cpu(rows: int, wanted: int, seconds: Callable[[Callable[[], object]]
         for contender in contenders:
             contender.step(hidden_states)
 
-    bandwidth = common.ReadBandwidth(seconds)
+    bandwidth = common.ReadBandwidth(seconds, device)
     next_input = itertools.cycle(sets).__next__
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     calls = 0
     while calls < PATIENCE * wanted and min(map(len, samples.values())) < wanted:
-        if calls % max(1, wanted // 20) == 0:
+        if calls % max(1, wanted // 40) == 0:
             bandwidth.sample()
         # Nobody always follows the same neighbour: who runs second finds another cache than who runs third.
         turn = calls % len(contenders)
@@ -101,7 +108,24 @@ def measure_cpu(rows: int, wanted: int, seconds: Callable[[Callable[[], object]]
             if elapsed is not None:
                 samples[contender.name].append(elapsed)
         calls += 1
+    # Bandwidth is a rate over many calls, so here ours follows itself through all the inputs, as the floor does through
+    # its buffer. In turn with the rivals, each call also finds its weights and page tables gone from the caches.
+    stream = functools.partial(run_all, contenders[0], sets)
+    streamed = []
+    for _ in range(max(FEWEST_SAMPLES, wanted // 4)):
+        bandwidth.sample()
+        elapsed = seconds(stream)
+        if elapsed is not None:
+            streamed.append(elapsed / len(sets))
+    replayed = {}
+    if device.type == "cuda":
+        # Enough inputs in one graph that each has left the L2 before it is read again.
+        for contender in contenders:
+            steps = [functools.partial(contender.step, hidden_states) for hidden_states in sets[:64]]
+            replayed[contender.name] = common.replay_seconds(steps, wanted)
     return {
+        "streamed_seconds": streamed,
+        "replay_seconds": replayed,
         "bytes": rows * sum(WIDTHS) * DTYPE.itemsize + weight.nbytes,
         "calls": calls,
         "seconds": samples,
@@ -109,6 +133,11 @@ def measure_cpu(rows: int, wanted: int, seconds: Callable[[Callable[[], object]]
         "read_bandwidth_by": bandwidth.best(),
         "input_sets": len(sets),
     }
+
+
+def run_all(contender: Contender, sets: Sequence[Sequence[Tensor]]) -> None:
+    for hidden_states in sets:
+        contender.step(hidden_states)
 
 
 def make_head() -> tuple[Tensor, Tensor]:
@@ -135,13 +164,14 @@ def check(contender: Contender, tokens: Sequence[Sequence[Tensor]], weight: Tens
     gate as wrong as the reward; an error in what is computed exceeds it a thousandfold.
     """
     rows = tokens[0][0].shape[0]
-    sums = torch.zeros(rows, 2, dtype=torch.float64)
-    token_count = torch.zeros(rows, dtype=torch.int32)
+    device = weight.device
+    sums = torch.zeros(rows, 2, dtype=torch.float64, device=device)
+    token_count = torch.zeros(rows, dtype=torch.int32, device=device)
     contender.reset()
-    scale = torch.zeros(rows, dtype=torch.float64)
+    scale = torch.zeros(rows, dtype=torch.float64, device=device)
     for hidden_states in tokens:
         contender.step(hidden_states)
-        reference.score_step(hidden_states, weight, bias, torch.arange(rows), sums, token_count)
+        reference.score_step(hidden_states, weight, bias, torch.arange(rows, device=device), sums, token_count)
         features = torch.cat(list(hidden_states), dim=1).double()
         scale += (features.abs() @ weight.double().abs().T).amax(dim=1) / len(tokens)
     error = (contender.scores() - reference.finalize(sums, token_count)).abs() / scale
@@ -152,47 +182,60 @@ def check(contender: Contender, tokens: Sequence[Sequence[Tensor]], weight: Tens
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=max(120, Console().width))
     environment = result["environment"]
     console.print(
         f"[bold]score_step[/] at {len(WIDTHS)} x {WIDTHS[0]} {DTYPE}, implementation {result['implementation']!r}, on "
         f"{environment['device']}, {environment['threads']} threads, {result['clock']}, torch {environment['torch']}"
     )
     for rows, measured in result["rows"].items():
-        print_rows(console, rows, measured)
+        print_rows(console, rows, measured, "seconds")
+        if measured["replay_seconds"]:
+            print_rows(console, rows, measured, "replay_seconds")
 
 
-def print_rows(console: Console, rows: int, measured: dict[str, Any]) -> None:
+def print_rows(console: Console, rows: int, measured: dict[str, Any], clock: str) -> None:
+    summaries = {
+        name: common.Summary.of(samples) for name, samples in measured[clock].items() if len(samples) >= FEWEST_SAMPLES
+    }
     floor = measured["read_bandwidth_by"]
-    every = [*measured["seconds"].values(), measured["read_bandwidth"][floor]]
-    if min(map(len, every)) < FEWEST_SAMPLES:
-        console.print(f"{rows} rows: no figure. Other processes kept the cores from one of the contenders.")
+    if "swift_kernels" not in summaries or len(measured["read_bandwidth"][floor]) < FEWEST_SAMPLES:
+        console.print(f"{rows} rows: no figure, other processes kept the cores busy\n")
         return
-    summaries = {name: common.Summary.of(samples) for name, samples in measured["seconds"].items()}
+    mine = summaries["swift_kernels"].median
     bandwidth = common.Summary.of(measured["read_bandwidth"][floor])
-    mine, *others = summaries.values()
     table = Table(
-        title=f"{rows} rows: a step reads {measured['bytes'] / 1e6:.2f} MB, hidden states and float32 weights",
+        title=f"{rows} rows, {CLOCKS[clock]}: a step reads {measured['bytes'] / 1e6:.2f} MB, hidden states and weights",
         title_justify="left",
     )
     for column in ("", "median us", "95% interval", "times ours", "of bandwidth", "samples"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for name, summary in summaries.items():
+    for name, samples in measured[clock].items():
+        if name not in summaries:
+            table.add_row(name, "disturbed", "", "", "", str(len(samples)))
+            continue
+        summary = summaries[name]
         table.add_row(
             name,
             f"{summary.median * 1e6:.1f}",
             f"{summary.low * 1e6:.1f} .. {summary.high * 1e6:.1f}",
-            f"{summary.median / mine.median:.2f}",
+            f"{summary.median / mine:.2f}",
             f"{measured['bytes'] / summary.median / bandwidth.median:.0%}",
-            f"{len(measured['seconds'][name])}",
+            str(len(samples)),
         )
     console.print(table)
-    best = min(other.median for other in others)
+    rate, low, high = (f"{value / 1e9:.1f}" for value in (bandwidth.median, bandwidth.low, bandwidth.high))
     console.print(
-        f"{best / mine.median:.2f} times as fast as the best rival. Memory is read at {bandwidth.median / 1e9:.1f} "
-        f"({bandwidth.low / 1e9:.1f} .. {bandwidth.high / 1e9:.1f}) GB/s by torch's {floor} of "
-        f"{common.FLOOR_BYTES >> 20} MiB. {measured['calls']} calls of each; those kept from a core are left out.\n"
+        f"Memory is read at {rate} ({low} .. {high}) GB/s by torch's {floor} of {common.FLOOR_BYTES >> 20} MiB. "
+        f"{measured['calls']} calls of each contender; a call that waited for a core is left out."
     )
+    if clock == "seconds" and measured["streamed_seconds"]:
+        streamed = common.Summary.of(measured["streamed_seconds"])
+        console.print(
+            f"Ours call after call through {measured['input_sets']} sets of inputs: {streamed.median * 1e6:.1f} us "
+            f"({streamed.low * 1e6:.1f} .. {streamed.high * 1e6:.1f}), "
+            f"{measured['bytes'] / streamed.median / bandwidth.median:.0%} of bandwidth.\n"
+        )
 
 
 if __name__ == "__main__":

@@ -35,10 +35,6 @@ const Hidden* row_of(const DotProducts& task, int64_t row) {
 // How far ahead rows are prefetched, in blocks of rows that share a pass over the weights.
 constexpr int64_t PREFETCH_BLOCKS = 2;
 
-// How far ahead the first rows of a task prefetch the weights, which then stay for the others. Past the end of an entry
-// lie the weights of the next one.
-constexpr int64_t WEIGHT_PREFETCH_COLUMNS = 2048;
-
 // Into the second-level cache: hardware prefetchers do not see from one row to the next, and prefetching into the first
 // level is slower than not prefetching at all.
 template <int64_t BYTES>

@@ -24,7 +24,7 @@ struct DotProducts {
   int64_t partials_stride;  // floats between rows
 };
 
-// `next` is what the same thread works on afterwards: its first rows are prefetched by the last ones of `task`.
+// `next` is what the same thread works on afterwards: `task` prefetches its weights and its first rows.
 using DotProductsFn = void (*)(const DotProducts& task, const DotProducts& next);
 
 // The implementation for this machine's instruction set, or for the lower one that SWIFT_KERNELS_CPU_ISA asks for.

@@ -13,8 +13,8 @@ TARGET ALWAYS_INLINE Vector::Values load_tail(const Element* source, int64_t cou
 
 template <typename Hidden, typename Weight, int OUTPUTS, int ROWS>
 TARGET void dot_rows(
-    const Hidden* const* hidden, const Hidden* const* next_hidden, const Weight* weight, int64_t weight_stride,
-    bool weight_is_cold, int64_t columns, float* const* partials) {
+    const Hidden* const* hidden, const Hidden* const* next_hidden, const Weight* weight, const Weight* next_weight,
+    int64_t weight_stride, int64_t columns, float* const* partials) {
   constexpr int64_t STEP = Vector::STEP;
   for (int64_t begin = 0; begin < columns; begin += FEATURE_CHUNK) {
     const int64_t end = std::min(begin + FEATURE_CHUNK, columns);
@@ -27,10 +27,9 @@ TARGET void dot_rows(
     for (; column + STEP <= end; column += STEP) {
       Vector::Values w[OUTPUTS];
       for (int o = 0; o < OUTPUTS; ++o) {
-        const Weight* source = weight + o * weight_stride + column;
-        if (weight_is_cold)
-          prefetch<STEP * sizeof(Weight)>(source + WEIGHT_PREFETCH_COLUMNS);
-        w[o] = Vector::load<Hidden>(source);
+        if (next_weight != nullptr)
+          prefetch<STEP * sizeof(Weight)>(next_weight + o * weight_stride + column);
+        w[o] = Vector::load<Hidden>(weight + o * weight_stride + column);
       }
       for (int r = 0; r < ROWS; ++r) {
         prefetch<STEP * sizeof(Hidden)>(next_hidden[r] + column);
@@ -68,9 +67,10 @@ TARGET ALWAYS_INLINE int64_t dot_blocks(const DotProducts& task, const DotProduc
           : row_of<Hidden>(next, std::min(ahead - task.row_count, next.row_count - 1));
       partials[r] = task.partials + (row + r) * task.partials_stride;
     }
+    const void* next_weight = row == 0 ? next.weight : nullptr;
     dot_rows<Hidden, Weight, OUTPUTS, ROWS>(
-        hidden, next_hidden, static_cast<const Weight*>(task.weight), task.weight_stride, /*weight_is_cold=*/row == 0,
-        task.columns, partials);
+        hidden, next_hidden, static_cast<const Weight*>(task.weight), static_cast<const Weight*>(next_weight),
+        task.weight_stride, task.columns, partials);
   }
   return row;
 }

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -26,8 +27,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Rows of a task: enough of them to share a pass over the weights, few enough that tasks spread evenly over threads.
-constexpr int64_t ROW_TILE = 32;
+// What a thread takes at a time: enough rows to share the weights in its cache, few enough chunks that a single row
+// occupies every thread.
+constexpr int64_t TASK_ROWS = 32;
+constexpr int64_t TASK_CHUNKS = 4;
 
 // Multiply-adds that are worth a thread: about 5 us of work, against 1 to 2 us to wake one.
 constexpr int64_t MIN_PRODUCTS_PER_THREAD = 32 * FEATURE_CHUNK;
@@ -90,8 +93,12 @@ struct Arguments {
   const std::optional<Tensor>& gate_reward;
 };
 
+int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
 int64_t chunk_count(int64_t width) {
-  return (width + FEATURE_CHUNK - 1) / FEATURE_CHUNK;
+  return ceil_div(width, FEATURE_CHUNK);
 }
 
 // The conditions and messages of schema.check_step.
@@ -230,13 +237,15 @@ float bias_value(const Tensor& bias, int64_t output) {
   return static_cast<float>(static_cast<const c10::BFloat16*>(bias.const_data_ptr())[output]);
 }
 
-// Where an entry lies: its first weight column and its first partial sum.
+// Where an entry lies: its first weight column, its first partial sum, and the first of its groups of TASK_CHUNKS.
 struct Entry {
   const char* hidden;
   int64_t row_stride;
   int64_t width;
   int64_t first_column;
   int64_t first_chunk;
+  int64_t first_group;
+  int64_t groups;
 };
 
 std::vector<Entry> entries_of(const std::vector<Tensor>& hidden_states) {
@@ -244,24 +253,31 @@ std::vector<Entry> entries_of(const std::vector<Tensor>& hidden_states) {
   entries.reserve(hidden_states.size());
   int64_t column = 0;
   int64_t chunk = 0;
+  int64_t group = 0;
   for (const Tensor& tensor : hidden_states) {
     const int64_t width = tensor.size(1);
     if (width == 0)
       continue;
-    entries.push_back({static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0), width, column, chunk});
+    const int64_t groups = ceil_div(chunk_count(width), TASK_CHUNKS);
+    const char* hidden = static_cast<const char*>(tensor.const_data_ptr());
+    entries.push_back({hidden, tensor.stride(0), width, column, chunk, group, groups});
     column += width;
     chunk += chunk_count(width);
+    group += groups;
   }
   return entries;
 }
 
-// Writes the partial sums [live rows, chunks, 2]. The unit of work is one chunk of one tile of rows. In the order
-// entry, tile, chunk, a thread's share of units is a few long stretches of memory, be it of one row or of a thousand.
+// Writes the partial sums [live rows, chunks, 2]. Threads claim tasks as they go, so that one that wakes late or loses
+// its core holds nothing up; who computes a partial sum does not change it.
 void reduce_chunks(
     const std::vector<Entry>& entries, const Tensor& weight, const std::vector<int64_t>& live, int64_t chunks,
     HiddenDtype dtype, float* partials) {
+  if (entries.empty())
+    return;
   const int64_t rows = static_cast<int64_t>(live.size());
-  const int64_t tiles = (rows + ROW_TILE - 1) / ROW_TILE;
+  const int64_t tiles = ceil_div(rows, TASK_ROWS);
+  const int64_t task_count = (entries.back().first_group + entries.back().groups) * tiles;
   const int64_t features = weight.size(1);
   const int64_t hidden_bytes = dtype == HiddenDtype::float32 ? 4 : 2;
   const WeightDtype weight_dtype =
@@ -270,40 +286,46 @@ void reduce_chunks(
   const char* weights = static_cast<const char*>(weight.const_data_ptr());
   const DotProductsFn dot_products = select_dot_products(dtype, weight_dtype, static_cast<int>(weight.size(0)));
 
-  // The task at unit `begin`: the units of its entry and tile, as far as they lie before `end`.
-  const auto task_at = [&](int64_t begin, int64_t end) {
+  // In the order entry, tile, group, tasks follow one another in memory.
+  const auto task_at = [&](int64_t index) {
     const auto after = std::upper_bound(
-        entries.begin(), entries.end(), begin,
-        [&](int64_t unit, const Entry& entry) { return unit < entry.first_chunk * tiles; });
+        entries.begin(), entries.end(), index,
+        [&](int64_t task, const Entry& entry) { return task < entry.first_group * tiles; });
     const Entry& entry = *(after - 1);
-    const int64_t entry_chunks = chunk_count(entry.width);
-    const int64_t unit = begin - entry.first_chunk * tiles;
-    const int64_t first_row = unit / entry_chunks * ROW_TILE;
-    const int64_t chunk = unit % entry_chunks;
+    const int64_t in_entry = index - entry.first_group * tiles;
+    const int64_t first_row = in_entry / entry.groups * TASK_ROWS;
+    const int64_t chunk = in_entry % entry.groups * TASK_CHUNKS;
     const int64_t column = chunk * FEATURE_CHUNK;
     DotProducts task;
     task.hidden = entry.hidden + column * hidden_bytes;
     task.hidden_stride = entry.row_stride;
     task.rows = live.data() + first_row;
-    task.row_count = std::min(ROW_TILE, rows - first_row);
+    task.row_count = std::min(TASK_ROWS, rows - first_row);
     task.weight = weights + (entry.first_column + column) * weight_bytes;
     task.weight_stride = features;
-    task.columns = std::min(std::min(entry_chunks - chunk, end - begin) * FEATURE_CHUNK, entry.width - column);
+    task.columns = std::min(TASK_CHUNKS * FEATURE_CHUNK, entry.width - column);
     task.partials = partials + (first_row * chunks + entry.first_chunk + chunk) * 2;
     task.partials_stride = chunks * 2;
     return task;
   };
-  const auto work = [&](int64_t begin, int64_t end) {
-    DotProducts task = task_at(begin, end);
-    while (begin < end) {
-      begin += chunk_count(task.columns);
-      const DotProducts next = begin < end ? task_at(begin, end) : task;
+
+  std::atomic<int64_t> claimed{0};
+  const auto work = [&](int64_t, int64_t) {
+    int64_t index = claimed.fetch_add(1, std::memory_order_relaxed);
+    if (index >= task_count)
+      return;
+    DotProducts task = task_at(index);
+    while (index < task_count) {
+      // Claimed ahead of its turn, for this task to prefetch what it needs.
+      index = claimed.fetch_add(1, std::memory_order_relaxed);
+      const DotProducts next = index < task_count ? task_at(index) : task;
       dot_products(task, next);
       task = next;
     }
   };
-  const int64_t unit_products = std::min(rows, ROW_TILE) * FEATURE_CHUNK;
-  torch::stable::parallel_for(0, tiles * chunks, std::max<int64_t>(1, MIN_PRODUCTS_PER_THREAD / unit_products), work);
+  const int64_t threads = std::clamp<int64_t>(
+      rows * features / MIN_PRODUCTS_PER_THREAD, 1, std::min<int64_t>(torch::stable::get_num_threads(), task_count));
+  torch::stable::parallel_for(0, threads, 1, work);
 }
 
 // Four interleaved sums, whose additions need not wait for one another.
