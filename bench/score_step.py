@@ -236,8 +236,8 @@ def print_rows(console: Console, rows: int, measured: dict[str, Any], clock: str
         console.print(
             f"Ours call after call through {measured['input_sets']} sets of inputs: {streamed.median * 1e6:.1f} us "
             f"({streamed.low * 1e6:.1f} .. {streamed.high * 1e6:.1f}), "
-            f"{measured['hidden_states_bytes'] / streamed.median / bandwidth.median:.0%} of bandwidth for the hidden states "
-            "alone, as the weights stay in the cache.\n"
+            f"{measured['hidden_states_bytes'] / streamed.median / bandwidth.median:.0%} of bandwidth for the hidden "
+            "states alone, as the weights stay in the cache.\n"
         )
 
 

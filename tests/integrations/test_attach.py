@@ -299,7 +299,7 @@ def scores_of_eager(model, scorer, prompts):
 
 
 def test_attach_after_the_user_compiled_forward_is_a_loud_error(prompts):
-    # Other tests may have used up the number of recompilations, after which dynamo runs this code, hooks and all, eagerly.
+    # Other tests may have used up the recompilations, after which dynamo runs this code, hooks and all, eagerly.
     torch.compiler.reset()
     model = fresh_model()
     head = SwiftHead.for_model(model)
