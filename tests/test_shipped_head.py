@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from swift_kernels import SwiftHead
-from swift_kernels.cli.app import HEADS
+from swift_kernels.checkpoint import PACKAGED_HEADS
 from swift_kernels.evaluation.evaluate import evaluate, score_rollouts
 from swift_kernels.evaluation.tasks import Sums
 from swift_kernels.training.generation import Sampling, generate_rollouts
 
-FOLDER = HEADS / "smollm2-135m-sums"
+FOLDER = PACKAGED_HEADS / "smollm2-135m-sums"
 
 
 def test_comes_with_its_card_and_figures_on_unseen_problems() -> None:
