@@ -93,3 +93,9 @@ def randomised(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -
     model.generation_config.eos_token_id = EOS_TOKEN_IDS
     model.generation_config.pad_token_id = 0
     return model.eval().to(dtype)
+
+
+def fresh_model(seed: int = 0) -> Any:
+    """A tiny Llama of its own, which a test may leave in any state."""
+    config = tiny_model("llama").config
+    return randomised(type(config)(**config.to_dict()), seed=seed)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.architectures import VOCAB_SIZE
+from swift_kernels import SwiftHead
+from tests.architectures import VOCAB_SIZE, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +26,14 @@ def prompts() -> dict[str, torch.Tensor]:
         input_ids[row, :padding] = 0
         attention_mask[row, :padding] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def head(model):
+    torch.manual_seed(0)
+    return SwiftHead.for_model(model)

@@ -5,18 +5,6 @@ import torch
 
 from swift_kernels import SwiftHead, best_of_n, score_texts
 from swift_kernels.features import scored_tokens
-from tests.architectures import tiny_model
-
-
-@pytest.fixture
-def model():
-    return tiny_model("llama")
-
-
-@pytest.fixture
-def head(model):
-    torch.manual_seed(0)
-    return SwiftHead.for_model(model)
 
 
 @pytest.mark.parametrize(

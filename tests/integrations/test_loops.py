@@ -1,0 +1,155 @@
+"""Hand-written and compiled loops, and what scoring keeps alive: twelve bytes a sequence, and no earlier step."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+
+from swift_kernels import attach
+from tests.architectures import fresh_model
+from tests.integrations.helpers import generate
+
+
+def decode_loop(model, inputs, steps, before_step=lambda step: None):
+    """Greedy decoding by hand: the prefill, then one position at a time."""
+    with torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        tokens = [output.logits[:, -1].argmax(-1)]
+        mask = inputs["attention_mask"]
+        for step in range(steps):
+            before_step(step)
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            output = model(
+                input_ids=tokens[-1][:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+            tokens.append(output.logits[:, -1].argmax(-1))
+    return torch.stack(tokens, dim=1)
+
+
+def test_begin_scores_a_hand_written_loop(model, head, prompts):
+    inputs = {**prompts, "position_ids": (prompts["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+    slots = torch.tensor([2, 0, 1])
+    with attach(model, head) as scorer:
+        generate(model, prompts, do_sample=False, max_new_tokens=9, eos_token_id=None)
+        expected, counts = scorer.scores(), scorer.token_counts()
+        scorer.begin(slots)
+        decode_loop(model, inputs, 8)
+        torch.testing.assert_close(scorer.scores()[slots], expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(scorer.token_counts(), counts)
+
+        scorer.begin(slots, num_slots=5)
+
+        def finish_row_1(step):
+            if step == 3:
+                slots[1] = -1
+
+        decode_loop(model, inputs, 8, finish_row_1)
+        assert scorer.token_counts().tolist() == [3, 8, 8, 0, 0]
+        assert scorer.scores()[3:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_begin_scores_a_loop_step_compiled_as_one_graph(model, head, backend):
+    """`fullgraph=True` raises on any graph break; attached first, the compiled step scores as the eager one does."""
+    slots = torch.tensor([1, 0, 2])
+    tokens = torch.randint(6, 96, (6, 3, 1), generator=torch.Generator().manual_seed(0))
+
+    def step(token_ids):
+        return model(input_ids=token_ids, use_cache=False).logits
+
+    results = []
+    with torch.no_grad(), attach(model, head) as scorer:
+        for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
+            scorer.begin(slots)
+            slots.copy_(torch.tensor([1, 0, 2]))
+            logits = [run(token_ids) for token_ids in tokens[:3]]
+            slots[1] = -1
+            logits += [run(token_ids) for token_ids in tokens[3:]]
+            results.append((scorer.scores(), scorer.token_counts(), torch.stack(logits)))
+    assert results[0][1].tolist() == results[1][1].tolist() == [3, 6, 6]
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["inference-mode-first", "inference-mode-last"])
+def test_inference_mode_and_no_grad_may_alternate(model, head, prompts, first):
+    results = []
+    with attach(model, head) as scorer:
+        for inference in (first, not first):
+            with torch.inference_mode(inference):
+                generate(model, prompts)
+            results.append(scorer.scores())
+    assert torch.equal(*results)
+
+
+def test_begin_rejects_other_slots(model, head):
+    with attach(model, head) as scorer, pytest.raises(ValueError, match="expected int64"):
+        scorer.begin(torch.zeros(3, dtype=torch.int32))
+    with attach(model, head, trace=True) as scorer, pytest.raises(ValueError, match="trace=True follows"):
+        scorer.begin(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("slots", [[0, 0, 1], [0, 1, 3]], ids=["repeated", "out-of-range"])
+def test_wrong_slots_are_an_error_on_the_cpu(model, head, prompts, slots):
+    with attach(model, head) as scorer:
+        scorer.begin(torch.tensor(slots))
+        with pytest.raises((ValueError, RuntimeError), match="slots"):
+            decode_loop(model, prompts, 1)
+
+
+def test_scoring_holds_the_same_bytes_after_any_number_of_tokens(head):
+    model = fresh_model()
+    held = {}
+    with attach(model, head) as scorer:
+        for steps in (32, 4096):
+            scorer.begin(torch.arange(3))
+            with torch.no_grad():
+                for _ in range(steps):
+                    model(input_ids=torch.full((3, 1), 9), use_cache=False)
+            assert scorer.token_counts().tolist() == [steps] * 3
+            held[steps] = (scorer.nbytes, scorer.scratch_nbytes, live_tensor_bytes(model))
+    assert held[32] == held[4096]
+    assert held[32][0] == 12 * 3
+
+
+def live_tensor_bytes(model):
+    """Bytes of every tensor alive that is no weight of the model."""
+    gc.collect()
+    weights = {parameter.data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.data_ptr() not in weights:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_no_tensor_of_an_earlier_step_stays_alive(model, head, prompts):
+    alive: list[weakref.ref] = []
+    inputs_of_first_layer: list[weakref.ref] = []
+
+    def note(_module, args):
+        inputs_of_first_layer.append(weakref.ref(args[0]))
+
+    class Check(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            alive.extend(ref for ref in inputs_of_first_layer if ref() is not None)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    handle = model.model.layers[0].register_forward_pre_hook(note)
+    try:
+        with attach(model, head):
+            criteria = transformers.StoppingCriteriaList([Check()])
+            generate(model, prompts, stopping_criteria=criteria, eos_token_id=None)
+    finally:
+        handle.remove()
+    assert len(inputs_of_first_layer) == 16
+    assert not alive
