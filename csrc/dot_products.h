@@ -4,7 +4,7 @@
 
 namespace swift_kernels {
 
-// Columns per partial sum; the same constant as FEATURE_CHUNK in schema.py.
+// Columns per partial sum; the same constant as FEATURE_CHUNK in checks.py.
 constexpr int64_t FEATURE_CHUNK = 1024;
 
 enum class HiddenDtype { float32, bfloat16, float16 };

@@ -101,7 +101,7 @@ int64_t chunk_count(int64_t width) {
   return ceil_div(width, FEATURE_CHUNK);
 }
 
-// The conditions and messages of schema.check_step.
+// The conditions and messages of checks.check_step.
 void check_metadata(const Arguments& arguments) {
   const std::vector<Tensor>& hidden_states = arguments.hidden_states;
   CHECK_ARGUMENT(
@@ -191,7 +191,7 @@ void check_metadata(const Arguments& arguments) {
     CHECK_ARGUMENT(tensor->is_cpu(), name, " is not on cpu, hidden_states are on cpu: expected one device");
 }
 
-// The conditions and messages of schema.check_slots. Returns the rows that are not skipped.
+// The conditions and messages of checks.check_slots. Returns the rows that are not skipped.
 std::vector<int64_t> live_rows(const int64_t* slots, int64_t rows, int64_t slot_count) {
   std::vector<int64_t> live;
   live.reserve(rows);

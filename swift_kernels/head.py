@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swift_kernels import features, reference, schema
+from swift_kernels import features, schema
 from swift_kernels.state import ScoreState
 
 SPANS = ("fed", "all")
@@ -222,36 +222,60 @@ class SwiftHead(nn.Module):
         return state.scores()
 
     def forward(self, hidden_states: Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:
-        """Scores whole packed sequences, differentiable.
+        """Scores whole packed sequences, differentiable; the backward pass reads the hidden states once more.
 
         Args:
-            hidden_states: one `[tokens, width]` tensor per selected layer.
-            cu_seqlens: int `[sequences + 1]`, cumulative lengths from 0 to `tokens`.
+            hidden_states: one `[tokens, width]` tensor per selected layer, as it lies, with unit stride along the
+                width (float32, bfloat16 or float16; float64 with a head of float64).
+            cu_seqlens: int32 or int64 `[sequences + 1]`, cumulative lengths from 0 to `tokens`.
 
         Returns:
             float32 `[sequences]`; NaN for a sequence of no tokens.
         """
-        self._check_packed(hidden_states, cu_seqlens)
-        return reference.score_sequence(hidden_states, self.weight, self.bias, cu_seqlens)
-
-    def _check_packed(self, hidden_states: Sequence[Tensor], cu_seqlens: Tensor) -> None:
-        if len(hidden_states) != len(self.config.widths):
-            raise ValueError(f"{len(hidden_states)} hidden states: expected {len(self.config.widths)}, one a layer")
-        tokens = hidden_states[0].shape[0]
-        for index, (entry, width) in enumerate(zip(hidden_states, self.config.widths, strict=True)):
-            if entry.dim() != 2 or tuple(entry.shape) != (tokens, width):
-                raise ValueError(f"hidden_states[{index}] has shape {list(entry.shape)}: expected [{tokens}, {width}]")
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}: expected integers [sequences + 1]"
-            )
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens is {cu_seqlens.tolist()}: expected to rise from 0 to {tokens}, the tokens")
+        return score_heads([self], hidden_states, cu_seqlens)[:, 0]
 
     def extra_repr(self) -> str:
         config = self.config
         layers = config.features if config.layers is None else f"layers={list(config.layers)}"
         return f"{layers}, features={config.num_features}, gate={config.gate}, span={config.span!r}"
+
+
+def score_heads(heads: Sequence[SwiftHead], hidden_states: Sequence[Tensor], cu_seqlens: Tensor) -> Tensor:
+    """Scores packed sequences with several heads that share one read of the hidden states, differentiable.
+
+    For sweeps over seeds or losses; a head of fewer layers joins in with zeros for the others. Arguments as in
+    `SwiftHead.forward`.
+
+    Returns:
+        float32 `[sequences, heads]`.
+    """
+    if not heads:
+        raise ValueError("heads is empty: expected at least one head")
+    first = heads[0].config
+    for index, head in enumerate(heads):
+        if (head.config.layers, head.config.widths) != (first.layers, first.widths):
+            raise ValueError(
+                f"heads[{index}] reads layers {head.config.layers} of widths {list(head.config.widths)}, heads[0] "
+                f"layers {first.layers} of widths {list(first.widths)}: heads that share one read have the same entries"
+            )
+        if head.config.gate != first.gate or head.weight.dtype != heads[0].weight.dtype:
+            raise ValueError(
+                f"heads[{index}] has gate={head.config.gate} and {head.weight.dtype} weights, heads[0] "
+                f"gate={first.gate} and {heads[0].weight.dtype}: expected heads of one kind"
+            )
+    _check_packed(hidden_states, first.widths)
+    weight = heads[0].weight if len(heads) == 1 else torch.cat([head.weight for head in heads])
+    bias = heads[0].bias if len(heads) == 1 else torch.cat([head.bias for head in heads])
+    return schema.score_sequence(hidden_states, weight, bias, cu_seqlens, first.gate)[0]
+
+
+def _check_packed(hidden_states: Sequence[Tensor], widths: Sequence[int]) -> None:
+    if len(hidden_states) != len(widths):
+        raise ValueError(f"{len(hidden_states)} hidden states: expected {len(widths)}, one a layer")
+    tokens = hidden_states[0].shape[0]
+    for index, (entry, width) in enumerate(zip(hidden_states, widths, strict=True)):
+        if entry.dim() != 2 or tuple(entry.shape) != (tokens, width):
+            raise ValueError(f"hidden_states[{index}] has shape {list(entry.shape)}: expected [{tokens}, {width}]")
 
 
 def check_finite(head: SwiftHead, source: str) -> None:

@@ -1,33 +1,54 @@
-"""The ops: their schemas, their fake kernels, and which implementation runs where.
+"""The ops: their schemas, their fake kernels, their gradients, and which implementation runs where.
 
-`score_step` has three implementations behind one schema: Triton on CUDA, C++ on the CPU (`csrc/`, registered by the
-library itself once loaded), and `reference.py` wherever neither can run. Nothing is imported, built or compiled
-before the first call that needs it. `SWIFT_KERNELS_IMPL=reference` forces the reference everywhere.
+An op has three implementations behind one schema: Triton on CUDA, C++ on the CPU (`csrc/`, registered by the library
+itself once loaded), and `reference.py` wherever neither can run. Nothing is imported, built or compiled before the
+first call that needs it. `SWIFT_KERNELS_IMPL=reference` forces the reference everywhere.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from swift_kernels import reference
-
-FEATURE_CHUNK = 1024
-"""Features per partial sum. Every kernel reduces chunks of this many columns of an entry, then adds the partials in
-order: at 33 x 4096 that is 132 chunks, one for each multiprocessor of an H100/H200 at a single row."""
-
-HIDDEN_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
+from swift_kernels.checks import (
+    check_cu_seqlens,
+    check_cu_seqlens_metadata,
+    check_pool,
+    check_project,
+    check_project_backward,
+    check_rms_norm,
+    check_rms_norm_score,
+    check_slots,
+    check_step,
+    debug_checks,
+)
 
 _LIBRARY = torch.library.Library("swift_kernels", "DEF")
 _LIBRARY.define(
     "score_step(Tensor[] hidden_states, Tensor weight, Tensor bias, Tensor slots, Tensor(a!) sums, "
     "Tensor(b!) token_count, Tensor(c!) partials, Tensor(d!) arrivals, Tensor(e!)? gate_reward=None) -> ()"
+)
+_LIBRARY.define(
+    "rms_norm(Tensor hidden_states, Tensor norm_weight, float eps, bool unit_offset, bool round_first) -> Tensor"
+)
+_LIBRARY.define(
+    "rms_norm_score(Tensor hidden_states, Tensor norm_weight, float eps, bool unit_offset, bool round_first, "
+    "Tensor weight, Tensor bias, int entry, int first_feature, bool score_output, bool last, Tensor slots, "
+    "Tensor(a!) sums, Tensor(b!) token_count, Tensor(c!) partials, Tensor(d!)? gate_reward=None) -> Tensor"
+)
+_LIBRARY.define("project(Tensor[] hidden_states, Tensor weight, Tensor bias) -> Tensor")
+_LIBRARY.define("project_backward(Tensor[] hidden_states, Tensor grad_logits) -> Tensor")
+_LIBRARY.define("pool(Tensor logits, Tensor cu_seqlens, bool gated) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "pool_backward(Tensor grad_scores, Tensor scores, Tensor gate_reward, Tensor cu_seqlens, bool gated) -> Tensor"
 )
 
 
@@ -52,135 +73,63 @@ def score_step(
     )
 
 
-def partials_per_row(widths: Sequence[int]) -> int:
-    """Number of partial sums a row of entries of these widths is reduced through."""
-    return sum(-(-width // FEATURE_CHUNK) for width in widths)
+def score_sequence(
+    hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor, cu_seqlens: Tensor, gated: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Scores whole packed sequences; arguments as in `reference.score_sequence`, differentiable.
+
+    Hidden states and weights as in `score_step`; `cu_seqlens` int32 or int64, on any device. Its values are checked
+    unless a CUDA graph is being captured. Float64 weights take the reference.
+
+    Returns:
+        float32 scores `[sequences, heads]`, and gates and rewards `[tokens, heads, 2]`.
+    """
+    check_cu_seqlens_metadata(cu_seqlens)
+    if weight.dtype == torch.float64:
+        check_cu_seqlens(cu_seqlens, hidden_states[0].shape[0])
+        return reference.score_sequence(hidden_states, weight, bias, cu_seqlens, gated)
+    return pool(project(hidden_states, weight, bias), cu_seqlens, gated)
 
 
-def check_step(
-    hidden_states: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    slots: Tensor,
-    sums: Tensor,
-    token_count: Tensor,
-    partials: Tensor,
-    arrivals: Tensor,
-    gate_reward: Tensor | None = None,
-) -> None:
-    """Raises on metadata that `score_step` cannot take. Reads no tensor data."""
-    if not hidden_states:
-        raise ValueError("hidden_states is empty: expected one [rows, width] tensor per selected layer")
-    first = hidden_states[0]
-    for index, entry in enumerate(hidden_states):
-        if entry.dim() != 2:
-            raise ValueError(f"hidden_states[{index}] has shape {list(entry.shape)}: expected [rows, width]")
-        if entry.shape[0] != first.shape[0]:
-            raise ValueError(
-                f"hidden_states[{index}] has {entry.shape[0]} rows, hidden_states[0] has {first.shape[0]}: "
-                "every entry holds the same rows"
-            )
-        if entry.dtype != first.dtype or entry.device != first.device:
-            raise ValueError(
-                f"hidden_states[{index}] is {entry.dtype} on {entry.device}, hidden_states[0] is {first.dtype} on "
-                f"{first.device}: every entry has one dtype and device"
-            )
-        if entry.shape[1] > 1 and entry.stride(1) != 1:
-            raise ValueError(
-                f"hidden_states[{index}] has strides {list(entry.stride())}: expected unit stride along the width"
-            )
-    if first.dtype not in HIDDEN_STATE_DTYPES:
-        raise ValueError(f"hidden_states are {first.dtype}: expected float32, bfloat16 or float16")
-    features = sum(entry.shape[1] for entry in hidden_states)
-    outputs = weight.shape[0] if weight.dim() == 2 else 0
-    if outputs not in (1, 2) or weight.shape[1] != features or not weight.is_contiguous():
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}: expected a contiguous [2, {features}] (gate, reward) or "
-            f"[1, {features}] for entries of widths {[entry.shape[1] for entry in hidden_states]}"
-        )
-    if weight.dtype not in WEIGHT_DTYPES or bias.dtype != weight.dtype or tuple(bias.shape) != (outputs,):
-        raise ValueError(
-            f"weight is {weight.dtype}, bias {bias.dtype} of shape {list(bias.shape)}: expected both float32 or both "
-            f"bfloat16, bias of shape [{outputs}]"
-        )
-    rows = first.shape[0]
-    if slots.dtype != torch.int64 or tuple(slots.shape) != (rows,) or not slots.is_contiguous():
-        raise ValueError(f"slots is {slots.dtype} of shape {list(slots.shape)}: expected contiguous int64 [{rows}]")
-    if sums.dtype != torch.float32 or sums.dim() != 2 or sums.shape[1] != 2 or not sums.is_contiguous():
-        raise ValueError(f"sums is {sums.dtype} of shape {list(sums.shape)}: expected contiguous float32 [slots, 2]")
-    if token_count.dtype != torch.int32 or token_count.shape != sums.shape[:1] or not token_count.is_contiguous():
-        raise ValueError(
-            f"token_count is {token_count.dtype} of shape {list(token_count.shape)}: expected contiguous int32 "
-            f"[{sums.shape[0]}]"
-        )
-    needed = partials_per_row([entry.shape[1] for entry in hidden_states])
-    if (
-        partials.dtype != torch.float32
-        or partials.dim() != 3
-        or partials.shape[0] < rows
-        or tuple(partials.shape[1:]) != (needed, 2)
-        or not partials.is_contiguous()
-    ):
-        raise ValueError(
-            f"partials is {partials.dtype} of shape {list(partials.shape)}: expected contiguous float32 "
-            f"[at least {rows}, {needed}, 2]; a step of more rows than slots needs init_state(..., max_rows=rows)"
-        )
-    if arrivals.dtype != torch.int32 or arrivals.dim() != 1 or arrivals.shape[0] < rows:
-        raise ValueError(
-            f"arrivals is {arrivals.dtype} of shape {list(arrivals.shape)}: expected int32 [at least {rows}]"
-        )
-    if gate_reward is not None and (
-        gate_reward.dtype != torch.float32 or tuple(gate_reward.shape) != (rows, 2) or not gate_reward.is_contiguous()
-    ):
-        raise ValueError(
-            f"gate_reward is {gate_reward.dtype} of shape {list(gate_reward.shape)}: expected contiguous float32 "
-            f"[{rows}, 2]"
-        )
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("slots", slots),
-        ("sums", sums),
-        ("token_count", token_count),
-        ("partials", partials),
-        ("arrivals", arrivals),
-        ("gate_reward", gate_reward),
-    ):
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden_states are on {first.device}: expected one device")
+def project(hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """`reference.project` in one read of the hidden states, fp32 `[tokens, outputs]`, differentiable."""
+    return torch.ops.swift_kernels.project(hidden_states, weight, bias)
 
 
-def check_slots(slots: Tensor, count: int) -> None:
-    """Raises on repeated or out-of-range slots. Reads the tensor: waits for the device it is on."""
-    live = slots[slots >= 0]
-    if live.numel() and int(live.max()) >= count:
-        raise ValueError(f"slots contains {int(live.max())}: expected values below {count}, or negative to skip a row")
-    unique, occurrences = live.unique(return_counts=True)
-    if unique.numel() != live.numel():
-        raise ValueError(f"slots contains {int(unique[occurrences > 1][0])} more than once: expected distinct slots")
-
-
-def debug_checks() -> bool:
-    """Whether `SWIFT_KERNELS_DEBUG=1` asks for slot checks that wait for the device."""
-    return os.environ.get("SWIFT_KERNELS_DEBUG", "0") not in ("", "0")
+def pool(logits: Tensor, cu_seqlens: Tensor, gated: bool = True) -> tuple[Tensor, Tensor]:
+    """`reference.pool` in one launch, differentiable."""
+    return torch.ops.swift_kernels.pool(logits, cu_seqlens.to(logits.device), gated)
 
 
 def implementation(device_type: str) -> str:
-    """Which implementation `score_step` runs on a device type: "triton", "cpp" or "reference"."""
+    """Which implementation runs on a device type: "triton", "cpp" or "reference"."""
     return _select(device_type)[0]
 
 
+_TRITON = {
+    "score_step": "score_step",
+    "rms_norm": "rms_norm_score",
+    "rms_norm_score": "rms_norm_score",
+    "project": "project",
+    "project_backward": "project",
+    "pool": "pool",
+    "pool_backward": "pool",
+}
+"""The module of `ops/` that has `<op>_triton`."""
+
+
 @functools.cache
-def _select(device_type: str) -> tuple[str, Callable[..., None]]:
+def _select(device_type: str) -> tuple[str, dict[str, Callable[..., Any]]]:
+    """What runs on a device type, and its function for each op."""
     if os.environ.get("SWIFT_KERNELS_IMPL", "") == "reference":
-        return "reference", _reference_step
+        return "reference", _REFERENCE
     if device_type == "cuda":
         try:
-            from swift_kernels.ops.score_step import score_step_triton
+            modules = {name: importlib.import_module(f"swift_kernels.ops.{name}") for name in set(_TRITON.values())}
         except ImportError as error:
             _warn_fallback(device_type, f"Triton cannot be imported ({error}); `pip install triton`")
-            return "reference", _reference_step
-        return "triton", score_step_triton
+            return "reference", _REFERENCE
+        return "triton", {op: getattr(modules[module], f"{op}_triton") for op, module in _TRITON.items()}
     if device_type == "cpu":
         from swift_kernels import cpp
 
@@ -188,10 +137,15 @@ def _select(device_type: str) -> tuple[str, Callable[..., None]]:
             cpp.load()
         except cpp.BuildError as error:
             _warn_fallback(device_type, str(error))
-            return "reference", _reference_step
-        return "cpp", torch.ops.swift_kernels.score_step
+            return "reference", _REFERENCE
+        return "cpp", {
+            op: getattr(torch.ops.swift_kernels, op)
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"swift_kernels::{op}", "CPU")
+            else _REFERENCE[op]
+            for op in _TRITON
+        }
     _warn_fallback(device_type, "there is no kernel for it")
-    return "reference", _reference_step
+    return "reference", _REFERENCE
 
 
 def _warn_fallback(device_type: str, reason: str) -> None:
@@ -202,30 +156,181 @@ def _warn_fallback(device_type: str, reason: str) -> None:
     )
 
 
-def _reference_step(
-    hidden_states: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    slots: Tensor,
-    sums: Tensor,
-    token_count: Tensor,
-    partials: Tensor,
-    arrivals: Tensor,
-    gate_reward: Tensor | None = None,
-) -> None:
-    check_step(hidden_states, weight, bias, slots, sums, token_count, partials, arrivals, gate_reward)
+def _reference_step(hidden_states: Sequence[Tensor], *args: Any) -> None:
+    check_step(hidden_states, *args)
+    _check_slots_where_cheap(args[2], args[3])
+    reference.score_step(hidden_states, *args)
+
+
+def _reference_rms_norm(hidden_states: Tensor, norm_weight: Tensor, *args: Any) -> Tensor:
+    check_rms_norm(hidden_states, norm_weight)
+    return reference.rms_norm(hidden_states, norm_weight, *args)
+
+
+def _reference_rms_norm_score(hidden_states: Tensor, norm_weight: Tensor, *args: Any) -> Tensor:
+    _check_rms_norm_score(hidden_states, norm_weight, *args)
+    _check_slots_where_cheap(args[9], args[10])
+    return reference.rms_norm_score(hidden_states, norm_weight, *args)
+
+
+def _reference_project(hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    check_project(hidden_states, weight, bias)
+    return reference.project(hidden_states, weight, bias)
+
+
+def _reference_project_backward(hidden_states: Sequence[Tensor], grad_logits: Tensor) -> Tensor:
+    check_project_backward(hidden_states, grad_logits)
+    return reference.project_backward(hidden_states, grad_logits)
+
+
+def _reference_pool(logits: Tensor, cu_seqlens: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    check_pool(logits, cu_seqlens, gated)
+    check_cu_seqlens(cu_seqlens, logits.shape[0])
+    return reference.pool(logits, cu_seqlens, gated)
+
+
+def _check_slots_where_cheap(slots: Tensor, sums: Tensor) -> None:
     if slots.device.type == "cpu" or debug_checks():
         check_slots(slots, sums.shape[0])
-    reference.score_step(hidden_states, weight, bias, slots, sums, token_count, gate_reward=gate_reward)
 
 
-def _dispatch(hidden_states: Sequence[Tensor], *args: Tensor | None) -> None:
-    if not hidden_states:
-        raise ValueError("hidden_states is empty: expected one [rows, width] tensor per selected layer")
-    _select(hidden_states[0].device.type)[1](hidden_states, *args)
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "score_step": _reference_step,
+    "rms_norm": _reference_rms_norm,
+    "rms_norm_score": _reference_rms_norm_score,
+    "project": _reference_project,
+    "project_backward": _reference_project_backward,
+    "pool": _reference_pool,
+    "pool_backward": reference.pool_backward,
+}
+
+
+def _dispatch(op: str, first: Tensor | Sequence[Tensor], *args: Any) -> Any:
+    if not isinstance(first, Tensor):
+        if not first:
+            raise ValueError("hidden_states is empty: expected one [rows, width] tensor per selected layer")
+        device_type = first[0].device.type
+    else:
+        device_type = first.device.type
+    return _select(device_type)[1][op](first, *args)
 
 
 # The C++ library registers for the CPU key, which is more specific than this one: after it has been loaded by the
 # first call, CPU calls no longer pass through Python.
-_LIBRARY.impl("score_step", _dispatch, "CompositeExplicitAutograd")
-torch.library.register_fake("swift_kernels::score_step", check_step, lib=_LIBRARY)
+for _op in _TRITON:
+    _LIBRARY.impl(_op, functools.partial(_dispatch, _op), "CompositeExplicitAutograd")
+
+
+def _check_rms_norm_score(
+    hidden_states: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    round_first: bool,
+    weight: Tensor,
+    bias: Tensor,
+    entry: int,
+    first_feature: int,
+    score_output: bool,
+    last: bool,
+    *state: Any,
+) -> None:
+    check_rms_norm_score(hidden_states, norm_weight, weight, bias, entry, first_feature, *state)
+
+
+def _fake_rms_norm(hidden_states: Tensor, norm_weight: Tensor, *_: Any) -> Tensor:
+    check_rms_norm(hidden_states, norm_weight)
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+def _fake_rms_norm_score(hidden_states: Tensor, norm_weight: Tensor, *args: Any) -> Tensor:
+    _check_rms_norm_score(hidden_states, norm_weight, *args)
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+def _fake_project(hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    check_project(hidden_states, weight, bias)
+    return weight.new_empty(hidden_states[0].shape[0], weight.shape[0], dtype=torch.float32)
+
+
+def _fake_project_backward(hidden_states: Sequence[Tensor], grad_logits: Tensor) -> Tensor:
+    check_project_backward(hidden_states, grad_logits)
+    return grad_logits.new_empty(grad_logits.shape[1], sum(entry.shape[1] for entry in hidden_states))
+
+
+def _fake_pool(logits: Tensor, cu_seqlens: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    check_pool(logits, cu_seqlens, gated)
+    tokens, heads = logits.shape[0], logits.shape[1] // (2 if gated else 1)
+    return logits.new_empty(cu_seqlens.shape[0] - 1, heads), logits.new_empty(tokens, heads, 2)
+
+
+def _fake_pool_backward(
+    grad_scores: Tensor, scores: Tensor, gate_reward: Tensor, cu_seqlens: Tensor, gated: bool
+) -> Tensor:
+    tokens, heads, _ = gate_reward.shape
+    return gate_reward.new_empty(tokens, heads * (2 if gated else 1))
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "score_step": check_step,
+    "rms_norm": _fake_rms_norm,
+    "rms_norm_score": _fake_rms_norm_score,
+    "project": _fake_project,
+    "project_backward": _fake_project_backward,
+    "pool": _fake_pool,
+    "pool_backward": _fake_pool_backward,
+}
+for _op, _fake in _FAKES.items():
+    torch.library.register_fake(f"swift_kernels::{_op}", _fake, lib=_LIBRARY)
+
+
+def _save_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden_states, weight, _ = inputs
+    ctx.save_for_backward(weight, *hidden_states)
+
+
+def _project_gradients(ctx: Any, grad: Tensor) -> tuple[Any, Tensor | None, Tensor | None]:
+    """For the weight a second read of the hidden states; for hidden states that ask for it, what PyTorch makes."""
+    weight, *hidden_states = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_entries: list[Tensor | None] = [None] * len(hidden_states)
+    offset = 0
+    for index, entry in enumerate(hidden_states):
+        if entry.requires_grad:
+            columns = weight[:, offset : offset + entry.shape[1]].float()
+            grad_entries[index] = (grad @ columns).to(entry.dtype)
+        offset += entry.shape[1]
+    grad_weight = grad_bias = None
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.ops.swift_kernels.project_backward(hidden_states, grad).to(weight.dtype)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(0).to(weight.dtype)
+    return grad_entries, grad_weight, grad_bias
+
+
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, cu_seqlens, ctx.gated = inputs
+    ctx.save_for_backward(cu_seqlens, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _pool_gradients(
+    ctx: Any, grad_scores: Tensor | None, grad_gate_reward: Tensor | None
+) -> tuple[Tensor | None, None, None]:
+    cu_seqlens, scores, gate_reward = ctx.saved_tensors
+    grad = None
+    if grad_scores is not None:
+        grad = torch.ops.swift_kernels.pool_backward(
+            grad_scores.contiguous(), scores, gate_reward, cu_seqlens, ctx.gated
+        )
+    if grad_gate_reward is not None:
+        grad_tokens = grad_gate_reward[..., 1]
+        if ctx.gated:
+            gate = gate_reward[..., 0]
+            grad_tokens = torch.stack([grad_gate_reward[..., 0] * gate * (1 - gate), grad_tokens], dim=-1).flatten(1)
+        grad = grad_tokens if grad is None else grad + grad_tokens
+    return grad, None, None
+
+
+torch.library.register_autograd("swift_kernels::project", _project_gradients, setup_context=_save_project, lib=_LIBRARY)
+torch.library.register_autograd("swift_kernels::pool", _pool_gradients, setup_context=_save_pool, lib=_LIBRARY)

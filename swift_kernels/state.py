@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swift_kernels import reference
-from swift_kernels.schema import check_slots, debug_checks, partials_per_row
+from swift_kernels.checks import check_slots, debug_checks, partials_per_row
 
 
 class ScoreState:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from swift_kernels import SwiftHead, reference
+from swift_kernels.checks import FEATURE_CHUNK
 from swift_kernels.features import scored_tokens
-from swift_kernels.schema import FEATURE_CHUNK
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swift_kernels import cpp, reference, schema
+from swift_kernels import checks, cpp, reference, schema
 from swift_kernels.state import ScoreState
 
 try:
@@ -76,7 +76,7 @@ def assert_within_rounding(gate_reward: Tensor, hidden_states: Sequence[Tensor],
     """
     features = torch.cat([entry.double() for entry in hidden_states], dim=1)
     weight, bias = head.weight.double(), head.bias.double()
-    chunks = schema.partials_per_row([entry.shape[1] for entry in hidden_states])
+    chunks = checks.partials_per_row([entry.shape[1] for entry in hidden_states])
     depth = (1 + 64 + 4 + math.ceil(chunks / 4) + 2 + 1) * FP32_UNIT_ROUNDOFF
     dot_bound = depth / (1 - depth) * (features.abs() @ weight.abs().T + bias.abs())
     gate, reward = reference.gate_and_reward(features @ weight.T + bias)
@@ -136,8 +136,8 @@ def test_the_dispatcher_runs_the_cpp_kernel() -> None:
 
 
 @pytest.mark.parametrize("outputs", [2, 1], ids=["gated", "ungated"])
-@pytest.mark.parametrize("weight_dtype", schema.WEIGHT_DTYPES, ids=lambda dtype: f"weight-{dtype}"[13:])
-@pytest.mark.parametrize("dtype", schema.HIDDEN_STATE_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("weight_dtype", checks.WEIGHT_DTYPES, ids=lambda dtype: f"weight-{dtype}"[13:])
+@pytest.mark.parametrize("dtype", checks.HIDDEN_STATE_DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_matches_float64(isa: str, dtype: torch.dtype, weight_dtype: torch.dtype, outputs: int) -> None:
     head = make_head(WIDTHS, outputs, weight_dtype)
     state = ScoreState(9, WIDTHS)
@@ -218,7 +218,7 @@ def test_non_finite_values_stay_in_their_row(isa: str) -> None:
     assert not values[5, 1].isfinite()
 
 
-@pytest.mark.parametrize("dtype", schema.HIDDEN_STATE_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("dtype", checks.HIDDEN_STATE_DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_a_score_is_bitwise_independent_of_its_batch(
     isa: str, dtype: torch.dtype, set_threads: Callable[[int], None]
 ) -> None:
@@ -305,8 +305,8 @@ BAD_ARGUMENTS = {
 
 
 def check_in_python(arguments: dict[str, object]) -> None:
-    schema.check_step(**arguments)
-    schema.check_slots(arguments["slots"], 5)
+    checks.check_step(**arguments)
+    checks.check_slots(arguments["slots"], 5)
 
 
 @pytest.mark.parametrize("bad", BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)

@@ -114,10 +114,10 @@ def test_configs_that_make_no_sense(fields, message):
     [
         ([4, 3], [0, 5], r"hidden_states\[1\] has shape \[5, 3\]: expected \[5, 4\]"),
         ([4], [0, 5], "1 hidden states: expected 2"),
-        ([4, 4], [1, 5], "expected to rise from 0 to 5"),
-        ([4, 4], [0, 3, 2, 5], "expected to rise from 0 to 5"),
-        ([4, 4], [0, 4], "expected to rise from 0 to 5"),
-        ([4, 4], [0.0, 5.0], "expected integers"),
+        ([4, 4], [1, 5], "starts at 1: expected 0"),
+        ([4, 4], [0, 3, 2, 5], r"cu_seqlens\[2\] is 2, after 3"),
+        ([4, 4], [0, 4], "ends at 4: expected 5"),
+        ([4, 4], [0.0, 5.0], "expected contiguous int32 or int64"),
     ],
     ids=["width", "entries", "start", "falling", "end", "float"],
 )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_kernels import features, reference
+from swift_kernels import features, schema
 from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.integrations.compatibility import (
     check_context,
@@ -105,11 +105,11 @@ def score_responses(
     eos = eos_token_ids(model)
     tokens = sum(len(features.scored_tokens(response, eos, head.config.span)) for response in responses)
     logits = head.bias.detach().float().cpu().repeat(tokens, 1)
-    columns = head.weight.detach().split(head.config.widths, dim=1)
+    columns = [part.contiguous() for part in head.weight.detach().split(head.config.widths, dim=1)]
 
     def add(places: Tensor, k: int, entry: Tensor) -> None:
         weight = columns[k].to(entry.device)
-        logits[places] += reference.project([entry], weight, weight.new_zeros(())).cpu()
+        logits[places] += schema.project([entry], weight, weight.new_zeros(weight.shape[0])).cpu()
 
     cu_seqlens = forward_responses(model, head.config, prompt, responses, add, batch_size=batch_size)
-    return reference.pool(logits, cu_seqlens)
+    return schema.pool(logits, cu_seqlens, head.config.gate)[0][:, 0]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_kernels import features, reference
+from swift_kernels import features, schema
 from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.integrations.compatibility import (
     check_context,
@@ -126,8 +126,9 @@ def score_texts(
         check_token_ids(model, response_ids, f"responses[{index}]")
         check_context(model, len(prompt_ids) + max(len(response_ids) - 1, 0), f"prompts[{index}] and its response")
         sequences.append((prompt_ids, response_ids))
-    weight, bias = head.weight.detach(), head.bias.detach()
-    offsets = torch.tensor([0, *head.config.widths]).cumsum(0).tolist()
+    device = next(model.parameters()).device
+    weight, bias = head.weight.detach().to(device), head.bias.detach().to(device)
+    columns = [part.contiguous() for part in weight.split(head.config.widths, dim=1)]
     scores = torch.full((len(sequences),), torch.nan)
     order = sorted(range(len(sequences)), key=lambda index: sum(map(len, sequences[index])))
     for start in range(0, len(order), batch_size):
@@ -135,10 +136,9 @@ def score_texts(
         logits: list[Tensor] = [bias.float()]
 
         def add(k: int, entry: Tensor, logits: list[Tensor] = logits) -> None:
-            columns = weight[:, offsets[k] : offsets[k + 1]].to(entry.device)
-            logits[0] = logits[0].to(entry.device) + reference.project([entry], columns, bias.new_zeros(()))
+            logits[0] = logits[0] + schema.project([entry], columns[k], torch.zeros_like(bias))
 
         cu_seqlens = forward_packed(model, head.config, [sequences[index] for index in batch], add, eos)
         if int(cu_seqlens[-1]):
-            scores[torch.tensor(batch)] = reference.pool(logits[0].cpu(), cu_seqlens)
+            scores[torch.tensor(batch)] = schema.pool(logits[0], cu_seqlens, head.config.gate)[0][:, 0].cpu()
     return scores

@@ -17,64 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swift_kernels.schema import FEATURE_CHUNK, check_slots, check_step, debug_checks, partials_per_row
-
-SPAN = FEATURE_CHUNK // 4
-"""Columns of one load of a row: 32 lanes of 16 bytes in bf16 and fp16."""
-TILE_ROWS, TILES = 8, 4
-"""Rows of one load, a warp each (on AMD a wavefront of 64 lanes takes two), and the tiles of a program.
-
-A program keeps its weight in registers for all its tiles: an fp32 weight then adds an eighth to the 16-bit hidden
-states read through L2, and 64 rows still make two programs for each of 132 multiprocessors. On sm_90 that takes 128
-registers: two programs on a multiprocessor, with some 20 loads in flight in each of their 512 threads."""
-ODD_TILE_ROWS, ODD_TILES = 2, 8
-"""The same where a width allows no 16-byte loads. All warps then share a row, and taller tiles run out of registers."""
-NUM_WARPS = 4 if torch.version.hip else 8
-
-
-@triton.jit
-def _select(chunk, values, FIRST_CHUNKS: tl.constexpr):
-    """The element of `values` that belongs to the entry `chunk` lies in.
-
-    A kernel cannot index its arguments at run time, and Triton 3.4 knows neither recursion nor growing tuples. Choosing
-    within groups of eight first makes a chain of `len(values) / 8 + 8` dependent selects, not of `len(values)`.
-    """
-    selected = values[0]
-    for group in tl.static_range(0, len(values), 8):
-        candidate = values[group]
-        for i in tl.static_range(group + 1, group + 8):
-            if i < len(values):
-                candidate = tl.where(chunk >= FIRST_CHUNKS[i], values[i], candidate)
-        selected = tl.where(chunk >= FIRST_CHUNKS[group], candidate, selected)
-    return selected
-
-
-@triton.jit
-def _load_span(ptrs, column, width, live, FULL: tl.constexpr):
-    if FULL:
-        return tl.load(ptrs, mask=live, other=0.0)
-    else:
-        return tl.load(ptrs, mask=live & (column < width), other=0.0)
-
-
-@triton.jit
-def _load_chunk(ptrs, column, width, live, SPAN: tl.constexpr, FULL: tl.constexpr):
-    """The four spans of a chunk, each a `[TILE_ROWS, SPAN]` tile. FULL: no chunk reaches beyond its entry's width."""
-    return (
-        _load_span(ptrs, column, width, live, FULL),
-        _load_span(ptrs + SPAN, column + SPAN, width, live, FULL),
-        _load_span(ptrs + 2 * SPAN, column + 2 * SPAN, width, live, FULL),
-        _load_span(ptrs + 3 * SPAN, column + 3 * SPAN, width, live, FULL),
-    )
-
-
-@triton.jit
-def _dot(x, weight):
-    """`[TILE_ROWS, 1]` fp32 products of two chunks."""
-    total = x[0].to(tl.float32) * weight[0].to(tl.float32)
-    for span in tl.static_range(1, len(x)):
-        total = tl.fma(x[span].to(tl.float32), weight[span].to(tl.float32), total)
-    return tl.sum(total, axis=1, keep_dims=True)
+from swift_kernels.checks import FEATURE_CHUNK, check_slots, check_step, debug_checks
+from swift_kernels.ops.chunks import (
+    NUM_WARPS,
+    SPAN,
+    chunk_constants,
+    dot,
+    load_chunk,
+    row_stride,
+    select,
+    tile_of,
+    vector_elements,
+)
 
 
 @triton.jit
@@ -176,10 +130,10 @@ def _score_step_kernel(
         slot = tl.load(slots_ptr + tile_row, mask=tile_row < rows, other=-1)
         live |= (slot >= 0).to(tl.int32) << tile
 
-    entry_ptr = _select(chunk, hidden_states, FIRST_CHUNKS)
-    row_stride = row_strides[0] if len(row_strides) == 1 else _select(chunk, row_strides, FIRST_CHUNKS)
-    width = _select(chunk, WIDTHS, FIRST_CHUNKS)
-    first_column = (chunk - _select(chunk, FIRST_CHUNKS, FIRST_CHUNKS)) * (SPAN * 4)
+    entry_ptr = select(chunk, hidden_states, FIRST_CHUNKS)
+    row_stride = row_strides[0] if len(row_strides) == 1 else select(chunk, row_strides, FIRST_CHUNKS)
+    width = select(chunk, WIDTHS, FIRST_CHUNKS)
+    first_column = (chunk - select(chunk, FIRST_CHUNKS, FIRST_CHUNKS)) * (SPAN * 4)
     column = first_column + tl.arange(0, SPAN)[None, :]
     if VECTOR == 1:
         # The layout, and with it the order of additions, must not change with the alignment of one batch's tensors.
@@ -188,20 +142,20 @@ def _score_step_kernel(
 
     # A tile as tall as that of the hidden states, its rows alike: both get one layout, and the weight needs no exchange
     # between threads. A warp without a live row does not load it.
-    weight_ptrs = weight_ptr + _select(chunk, FIRST_FEATURES, FIRST_CHUNKS) + column + tl.zeros_like(live)
-    reward_weight = _load_chunk(weight_ptrs + (FEATURES if GATED else 0), column, width, live != 0, SPAN, FULL)
+    weight_ptrs = weight_ptr + select(chunk, FIRST_FEATURES, FIRST_CHUNKS) + column + tl.zeros_like(live)
+    reward_weight = load_chunk(weight_ptrs + (FEATURES if GATED else 0), column, width, live != 0, SPAN, FULL)
     if GATED:
-        gate_weight = _load_chunk(weight_ptrs, column, width, live != 0, SPAN, FULL)
+        gate_weight = load_chunk(weight_ptrs, column, width, live != 0, SPAN, FULL)
 
     # Lane 2 i keeps the gate and lane 2 i + 1 the reward of this warp's row of tile i.
     lane = tl.arange(0, 32)[None, :]
     sums = tl.zeros((TILE_ROWS, 32), tl.float32)
     for tile in tl.static_range(TILES):
         x_ptrs = entry_ptr + (row + tile * TILE_ROWS) * row_stride * VECTOR + column
-        x = _load_chunk(x_ptrs, column, width, ((live >> tile) & 1) != 0, SPAN, FULL)
-        sums = tl.where(lane == 2 * tile + 1, _dot(x, reward_weight), sums)
+        x = load_chunk(x_ptrs, column, width, ((live >> tile) & 1) != 0, SPAN, FULL)
+        sums = tl.where(lane == 2 * tile + 1, dot(x, reward_weight), sums)
         if GATED:
-            sums = tl.where(lane == 2 * tile, _dot(x, gate_weight), sums)
+            sums = tl.where(lane == 2 * tile, dot(x, gate_weight), sums)
     tl.store(
         partials_ptr + ((row + lane // 2 * TILE_ROWS) * CHUNKS + chunk) * 2 + lane % 2,
         sums,
@@ -250,32 +204,15 @@ _MAX_PLANS = 1024
 _shape, _dtype = attrgetter("shape"), attrgetter("dtype")
 
 
-def _row_stride(entry: Tensor) -> int:
-    """Elements from row to row; of a single row whatever suits, as PyTorch leaves it open."""
-    return entry.stride(0) if entry.shape[0] > 1 else entry.shape[1]
-
-
 def _make_plan(hidden_states: Sequence[Tensor], weight: Tensor) -> _Plan:
     rows, widths = hidden_states[0].shape[0], tuple(entry.shape[1] for entry in hidden_states)
-    vector = 16 // hidden_states[0].element_size()
-    tile_rows, tiles = TILE_ROWS, TILES
-    if any(width % vector for width in widths):
-        vector, tile_rows, tiles = 1, ODD_TILE_ROWS, ODD_TILES
-    first_chunks, first_features, chunks, features = [], [], 0, 0
-    for width in widths:
-        first_chunks.append(chunks)
-        first_features.append(features)
-        chunks += partials_per_row([width])
-        features += width
-    row_strides = tuple(_row_stride(entry) for entry in hidden_states)
+    vector = vector_elements(hidden_states)
+    tile_rows, tiles = tile_of(vector)
+    row_strides = tuple(row_stride(entry) for entry in hidden_states)
     aligned = all(stride % vector == 0 for stride in row_strides)
     row_strides = tuple(stride // vector for stride in row_strides)
     constants = {
-        "WIDTHS": widths,
-        "FIRST_CHUNKS": tuple(first_chunks),
-        "FIRST_FEATURES": tuple(first_features),
-        "FEATURES": features,
-        "CHUNKS": chunks,
+        **chunk_constants(widths),
         "GATED": weight.shape[0] == 2,
         "VECTOR": vector,
         "SPAN": SPAN,
@@ -285,7 +222,7 @@ def _make_plan(hidden_states: Sequence[Tensor], weight: Tensor) -> _Plan:
         "RELEASE_EACH_WARP": torch.version.hip is not None,
     }
     return _Plan(
-        grid=(chunks, triton.cdiv(rows, tiles * tile_rows), 1),
+        grid=(constants["CHUNKS"], triton.cdiv(rows, tiles * tile_rows), 1),
         row_strides=row_strides[:1] if len(set(row_strides)) == 1 else row_strides,
         constants=constants,
         aligned=aligned,

@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 
 import triton.knobs
 
-from swift_kernels.ops.score_step import TILES, _score_step_kernel
+from swift_kernels.ops.chunks import TILES
+from swift_kernels.ops.score_step import _score_step_kernel
 from tests.aot import broken
 from tests.aot.audit import TARGETS, Audit, audit, order_faults
 from tests.aot.variants import SMALL, Variant, score_step_arguments, score_step_options

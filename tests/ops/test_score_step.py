@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 import triton.knobs
 
-from swift_kernels import reference, schema
-from swift_kernels.ops.score_step import TILE_ROWS, TILES, score_step_triton
+from swift_kernels import checks, reference, schema
+from swift_kernels.ops.chunks import TILE_ROWS, TILES
+from swift_kernels.ops.score_step import score_step_triton
 from swift_kernels.state import ScoreState
 from tests.oracle import EPS, dot_depth
 
@@ -131,8 +132,8 @@ def run_bits(step: Step) -> Tensor:
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "no gate"])
-@pytest.mark.parametrize("weight_dtype", schema.WEIGHT_DTYPES, ids=lambda dtype: f"W {str(dtype)[6:]}")
-@pytest.mark.parametrize("dtype", schema.HIDDEN_STATE_DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("weight_dtype", checks.WEIGHT_DTYPES, ids=lambda dtype: f"W {str(dtype)[6:]}")
+@pytest.mark.parametrize("dtype", checks.HIDDEN_STATE_DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_parity_in_every_dtype(dtype, weight_dtype, gated):
     assert_step_is_right(random_step((1024, 576), 9, dtype, weight_dtype, gated))
 
