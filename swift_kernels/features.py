@@ -191,11 +191,8 @@ def _trace(model: Any) -> ModelLayout:
         )
         for place, module in (("decoder", decoder), ("layer", layers[-1]))
     ]
-    device = model.get_input_embeddings().weight.device
-    token_ids = torch.arange(1, 4, device=device).remainder(text_config(model).vocab_size)[None]
     try:
-        with _unchanged(model), torch.no_grad(), torch.random.fork_rng():
-            output = model(input_ids=token_ids, output_hidden_states=True, use_cache=False, return_dict=True)
+        output = run_short_forward(model, output_hidden_states=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -221,6 +218,14 @@ def _trace(model: Any) -> ModelLayout:
         readable=(*readable, last is not None),
         vocab_size=output.logits.shape[-1],
     )
+
+
+def run_short_forward(model: Any, **options: Any) -> Any:
+    """Three tokens through the model in evaluation mode; mode, hooks and random numbers are afterwards as before."""
+    device = model.get_input_embeddings().weight.device
+    token_ids = torch.arange(1, 4, device=device).remainder(text_config(model).vocab_size)[None]
+    with _unchanged(model), torch.no_grad(), torch.random.fork_rng():
+        return model(input_ids=token_ids, use_cache=False, return_dict=True, **options)
 
 
 def _identical(captured: Tensor | None, returned: Tensor) -> bool:

@@ -73,6 +73,52 @@ def score_step(
     )
 
 
+def rms_norm(
+    hidden_states: Tensor, norm_weight: Tensor, eps: float, unit_offset: bool = False, round_first: bool = True
+) -> Tensor:
+    """`reference.rms_norm` in one kernel; float32, bfloat16 or float16 rows and a weight of the same dtype."""
+    return torch.ops.swift_kernels.rms_norm(hidden_states, norm_weight, eps, unit_offset, round_first)
+
+
+def rms_norm_score(
+    hidden_states: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    round_first: bool,
+    weight: Tensor,
+    bias: Tensor,
+    entry: int,
+    first_feature: int,
+    score_output: bool,
+    last: bool,
+    slots: Tensor,
+    sums: Tensor,
+    token_count: Tensor,
+    partials: Tensor,
+    gate_reward: Tensor | None = None,
+) -> Tensor:
+    """`reference.rms_norm_score` in one kernel; dtypes as in `rms_norm` and `score_step`."""
+    return torch.ops.swift_kernels.rms_norm_score(
+        hidden_states,
+        norm_weight,
+        eps,
+        unit_offset,
+        round_first,
+        weight,
+        bias,
+        entry,
+        first_feature,
+        score_output,
+        last,
+        slots,
+        sums,
+        token_count,
+        partials,
+        gate_reward,
+    )
+
+
 def score_sequence(
     hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor, cu_seqlens: Tensor, gated: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,14 @@ from torch import Tensor, nn
 from swift_kernels import features, schema
 from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.compatibility import check_head, generating_model
+from swift_kernels.integrations.generation import (
+    NotScoredError,
+    Run,
+    UnsupportedGenerationError,
+    check_generation,
+    refuse_continuous_batching,
+)
+from swift_kernels.integrations.norm_path import NormPath, in_eager_step
 from swift_kernels.integrations.teacher_forcing import forward_packed, score_texts
 from swift_kernels.state import ScoreState
 
@@ -32,14 +40,6 @@ __all__ = ["NotScoredError", "Scorer", "UnsupportedGenerationError", "attach", "
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _MISSING = object()
-
-
-class UnsupportedGenerationError(ValueError):
-    """Scores would be wrong in this mode of generation; raised before anything is generated."""
-
-
-class NotScoredError(RuntimeError):
-    """A forward that should have been scored was not, or one was scored that should not have been."""
 
 
 def attach(
@@ -55,26 +55,28 @@ def attach(
     Args:
         model: a decoder-only model of transformers.
         head: its hidden states or logits, layers and widths must fit the model.
-        fuse: "gather", one kernel beside the model at each step.
+        fuse: "gather", one kernel beside the model at each step, which leaves generation bitwise as it was; or
+            "norm", inside the model's RMSNorms in eager steps, which makes those faster and may flip a last bit of
+            what the model computes.
         trace: keeps every scored token's gate and reward (`Scorer.trace`), 8 bytes a token.
         allow_mismatch: attaches although the head was trained on another model.
 
     Raises:
         UnsupportedModelError: the features cannot be read from this model.
         ModelMismatchError: the head was trained on another model.
-        ValueError: layers or widths do not fit, or the model is attached already.
+        ValueError: layers or widths do not fit, the model is attached already, or has no norm to fuse.
     """
-    if fuse != "gather":
-        raise ValueError(f'fuse is {fuse!r}: expected "gather"')
+    if fuse not in ("gather", "norm"):
+        raise ValueError(f'fuse is {fuse!r}: expected "gather" or "norm"')
     model = generating_model(model)
     check_head(model, head, allow_mismatch=allow_mismatch)
-    return Scorer(model, head, trace=trace)
+    return Scorer(model, head, fuse=fuse, trace=trace)
 
 
 class Scorer:
     """Scores of one model, while its `with` block lasts; made by `attach`."""
 
-    def __init__(self, model: Any, head: SwiftHead, *, trace: bool = False) -> None:
+    def __init__(self, model: Any, head: SwiftHead, *, fuse: str = "gather", trace: bool = False) -> None:
         device = next(model.parameters()).device
         self.model = model
         self.head = head if head.weight.device == device else copy.deepcopy(head).to(device)
@@ -83,12 +85,15 @@ class Scorer:
         self._slots: Tensor | None = None
         self._own_slots: Tensor | None = None
         self._gate_reward: Tensor | None = None
+        self._norms = (
+            NormPath(model, self.head, self._in_norm_step, self._buffers, self._step_scored) if fuse == "norm" else None
+        )
         self._entries: list[Tensor] = []
         self._last_entry = len(head.config.widths) - 1
         self._whole_sequences = False
         self._active = False
-        self._scored = False
-        self._run: _Run | None = None
+        self._scored = self._ran_norm = self._ran_gather = False
+        self._run: Run | None = None
         self._looping = False
         self._compiled: tuple[Any, Callable[..., Any]] | None = None
         self._restore: list[Callable[[], None]] = []
@@ -101,6 +106,9 @@ class Scorer:
         self._restore.append(lambda: _ATTACHED.discard(self.model))
         for handle in features.tap(self.model, config.features, config.layers, self._consume):
             self._restore.append(handle.remove)
+        for module, forward in self._norms.patches() if self._norms is not None else ():
+            self._set_aside("forward", module)
+            module.__dict__["forward"] = forward
         for name in ("_compiled_call", "_last_compile_config"):
             self._set_aside(name)
         self._patch("generate", self._generate)
@@ -108,13 +116,13 @@ class Scorer:
         self._patch("get_compiled_call", self._get_compiled_call)
         for name in ("generate_batch", "init_continuous_batching"):
             if hasattr(self.model, name):
-                self._patch(name, _refuse_continuous_batching)
+                self._patch(name, refuse_continuous_batching)
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._restore:
             self._restore.pop()()
-        self._entries.clear()
+        self._forget_step()
         self._active = self._looping = False
 
     def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
@@ -187,8 +195,23 @@ class Scorer:
         held = [self._own_slots, self._gate_reward] + ([] if self._run is None else self._run.tensors())
         return self._state.scratch_nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
 
+    def warmup(self, rows: int = 1) -> None:
+        """Compiles every kernel that scoring runs, whatever the number of rows: nothing compiles afterwards.
+
+        Call it before a hand-written loop is captured into a CUDA graph.
+        """
+        self._check_inside()
+        parameter, config = self.head.weight, self.head.config
+        dtype = next(tensor.dtype for tensor in self.model.parameters() if tensor.is_floating_point())
+        self.head.warmup(parameter.device, dtype, rows, gate_reward=self._keep_trace)
+        if self._norms is not None:
+            state = self.head.init_state(rows, parameter.device)
+            trace = torch.zeros(rows, 2, device=parameter.device) if self._keep_trace else None
+            entries = [torch.zeros(rows, width, dtype=dtype, device=parameter.device) for width in config.widths]
+            self._norms.warmup(entries, state, torch.full((rows,), -1, device=parameter.device), trace)
+
     def describe(self) -> str:
-        """What runs where, in a line."""
+        """What runs where and why, in a line."""
         config = self.head.config
         source = config.features
         if config.layers is not None:
@@ -196,14 +219,27 @@ class Scorer:
             every = len(config.layers) == last - first + 1 > 1
             source += f" {first}..{last}" if every else f" {list(config.layers)}"
         device = self.head.weight.device
-        return (
-            f"{type(self.model).__name__}: {source}, {config.num_features} features, gather, one "
-            f"{schema.implementation(device.type)} call a step on {device}"
-        )
+        kernels = schema.implementation(device.type)
+        gather = f"gather, one {kernels} call a step on {device}"
+        if self._norms is None:
+            how = gather
+        elif self._norms.reason is not None:
+            how = f"{gather}, as {self._norms.reason}"
+        else:
+            ran = [name for name, did in (("norm", self._ran_norm), ("gather", self._ran_gather)) if did]
+            how = (
+                f"norm, {self._norms.describe()} by {kernels} on {device}; compiled forwards and those with gradients "
+                f"gather; ran so far: {' and '.join(ran) or 'nothing'}"
+            )
+        return f"{type(self.model).__name__}: {source}, {config.num_features} features, {how}"
 
     def _consume(self, k: int, entry: Tensor) -> None:
         """Receives the selected entries of a forward in turn, and scores the step at the last one."""
         if not self._active:
+            return
+        if self._in_norm_step(entry):
+            assert self._norms is not None
+            self._norms.expect(k, entry)
             return
         if entry.shape[1] == 1:
             self._entries.append(entry[:, 0])
@@ -217,7 +253,27 @@ class Scorer:
             assert self._state is not None
             assert self._slots is not None
             self.head.step(entries, self._state, self._slots, self._gate_reward)
-            self._scored = True
+            self._scored = self._ran_gather = True
+
+    def _in_norm_step(self, entry: Tensor) -> bool:
+        """Whether this forward is scored inside the model's norms; all of its entries give the same answer."""
+        norms = self._norms
+        if norms is None or norms.reason is not None or not self._active or self._whole_sequences:
+            return False
+        return in_eager_step(entry)
+
+    def _buffers(self) -> tuple[ScoreState, Tensor, Tensor | None]:
+        assert self._state is not None
+        assert self._slots is not None
+        return self._state, self._slots, self._gate_reward
+
+    def _step_scored(self) -> None:
+        self._scored = self._ran_norm = True
+
+    def _forget_step(self) -> None:
+        self._entries.clear()
+        if self._norms is not None:
+            self._norms.reset()
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._check_call(original, args, kwargs)
@@ -235,7 +291,7 @@ class Scorer:
         finally:
             if feed is not None:
                 feed.remove()
-            self._entries.clear()
+            self._forget_step()
             self._active = False
 
     def _check_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,11 +306,11 @@ class Scorer:
             raise UnsupportedGenerationError("assisted generation rolls tokens back: scores would count rejected ones")
         config = copy.deepcopy(arguments.get("generation_config") or self.model.generation_config)
         config.update(**extra)
-        _check_generation(config)
+        check_generation(config)
 
     def _get_stopping_criteria(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> _Criteria:
         config = inspect.signature(original).bind(*args, **kwargs).arguments["generation_config"]
-        _check_generation(config)
+        check_generation(config)
         if self.head.config.span == "all" and config.cache_implementation is not None:
             raise UnsupportedGenerationError(
                 f'a head of span="all" feeds one token more than a {config.cache_implementation!r} cache has room for: '
@@ -268,7 +324,7 @@ class Scorer:
         run, rows = self._run, done.shape[0]
         if run is None:
             self._reset(rows, rows)
-            run = self._run = _Run(rows, done.device)
+            run = self._run = Run(rows, done.device)
             self._slots = self._own_slots
             self._active = True
         else:
@@ -277,17 +333,16 @@ class Scorer:
                     f"a forward of {type(self.model).__name__} was not scored: a model or layer that was compiled "
                     "before attach() does not run its hooks; attach first, then compile"
                 )
-            run.fed += run.next_fed
-            if self._gate_reward is not None:
-                run.trace.append((self._gate_reward.clone(), run.next_fed.clone()))
+            self._keep(run)
         self._scored = False
-        live_before = run.live.clone()
-        run.lengths += live_before
-        run.ended |= live_before & ended
-        run.live &= ~done
-        run.next_fed = live_before if self.head.config.span == "all" else run.live
         assert self._slots is not None
-        self._slots.copy_(torch.where(run.next_fed, run.rows, -1))
+        run.advance(done, ended, self._slots, feed_last=self.head.config.span == "all")
+
+    def _keep(self, run: Run) -> None:
+        """Keeps the gates and rewards of the step that was just scored, if they are asked for."""
+        if self._gate_reward is not None:
+            assert self._slots is not None
+            run.trace.append((self._gate_reward.clone(), self._slots >= 0))
 
     def _get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         stock = original(*args, **kwargs)
@@ -342,8 +397,8 @@ class Scorer:
         # wraps() keeps the signature, which transformers inspects.
         self.model.__dict__[name] = functools.wraps(original)(functools.partial(replacement, original))
 
-    def _set_aside(self, name: str) -> None:
-        attributes = self.model.__dict__
+    def _set_aside(self, name: str, module: nn.Module | None = None) -> None:
+        attributes = (self.model if module is None else module).__dict__
         value = attributes.pop(name, _MISSING)
 
         def restore() -> None:
@@ -357,7 +412,7 @@ class Scorer:
         if not self._restore:
             raise RuntimeError("the scorer is not attached: use it inside `with attach(model, head) as scorer:`")
 
-    def _finished_run(self) -> _Run:
+    def _finished_run(self) -> Run:
         if self._run is None:
             raise RuntimeError("nothing was generated: call model.generate inside the `with` block first")
         if not self._run.complete:
@@ -374,30 +429,15 @@ class Scorer:
         else:
             run = self._finished_run()
             assert self._state is not None
-            if not torch.equal(self._state.token_count, run.fed):
+            # Every row has ended when generate returns: all of its tokens were fed but the last, or that one too.
+            fed = run.lengths - (0 if self.head.config.span == "all" else 1)
+            if not torch.equal(self._state.token_count, fed.int()):
                 raise NotScoredError(
-                    f"{self._state.token_count.tolist()} tokens were scored, {run.fed.tolist()} were fed: something "
+                    f"{self._state.token_count.tolist()} tokens were scored, {fed.tolist()} were fed: something "
                     "else ran the model during generate (a logits processor?), or hooks were skipped"
                 )
         assert self._state is not None
         return self._state
-
-
-class _Run:
-    """What one `generate` has fed and sampled so far; int and bool `[rows]` on the device."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.rows = torch.arange(rows, device=device)
-        self.live = torch.ones(rows, dtype=torch.bool, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.next_fed = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.fed = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.trace: list[tuple[Tensor, Tensor]] = []
-        self.complete = False
-
-    def tensors(self) -> list[Tensor]:
-        return [self.rows, self.live, self.ended, self.next_fed, self.fed, self.lengths]
 
 
 class _Criteria(transformers.StoppingCriteriaList):
@@ -455,35 +495,4 @@ class _FeedLast:
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
         scorer.model(input_ids=token_ids, use_cache=not scorer._whole_sequences, **inputs)
-        run.fed += run.next_fed
-        if scorer._gate_reward is not None:
-            run.trace.append((scorer._gate_reward.clone(), run.next_fed.clone()))
-
-
-def _check_generation(config: Any) -> None:
-    mode = config.get_generation_mode()
-    allowed = ("greedy_search", "sample")
-    if mode.value not in allowed or getattr(config, "prompt_lookup_num_tokens", None):
-        name = "assisted_generation" if mode.value in allowed else mode.value
-        reasons = {
-            "beam_search": "it moves rows between beams at every step",
-            "beam_sample": "it moves rows between beams at every step",
-            "assisted_generation": "it feeds tokens that are rolled back",
-        }
-        reason = reasons.get(name, "it does not decode token by token")
-        raise UnsupportedGenerationError(
-            f"{name.replace('_', ' ')} cannot be scored while decoding, {reason}: use greedy or sampling, or "
-            "score_texts on its answers"
-        )
-    if config.cache_implementation == "paged":
-        _refuse_continuous_batching(None)
-    if getattr(config, "guidance_scale", None) not in (None, 1, 1.0):
-        raise UnsupportedGenerationError(
-            "guidance_scale runs the model twice a step: use score_texts on the answers instead"
-        )
-
-
-def _refuse_continuous_batching(_original: Any, *_args: Any, **_kwargs: Any) -> Any:
-    raise UnsupportedGenerationError(
-        "continuous batching packs many sequences into one row: use generate, or score_texts on its answers"
-    )
+        scorer._keep(run)

@@ -170,26 +170,28 @@ def same(first, second):
     )
 
 
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_detached_models_are_as_before(prompts, compiled):
+def test_detached_models_are_as_before(prompts, compiled, fuse):
     model = fresh_model()
     head = SwiftHead.for_model(model)
     options = compiled_static("eager") if compiled else {}
     if compiled:
         generate(model, prompts, **options)
     before = snapshot(model)
-    with attach(model, head):
+    with attach(model, head, fuse=fuse):
         assert not same(before, snapshot(model))
     assert same(before, snapshot(model))
     twin = fresh_model()
     generate(twin, prompts, **options)
-    with attach(model, head):
+    with attach(model, head, fuse=fuse):
         generate(model, prompts, **options)
     generated = snapshot(model).keys() - snapshot(twin).keys()
     assert not generated, f"left behind: {generated}"
 
 
-def test_an_exception_leaves_the_model_clean(prompts):
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_an_exception_leaves_the_model_clean(prompts, fuse):
     class Interrupt(transformers.StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             raise KeyboardInterrupt
@@ -197,23 +199,24 @@ def test_an_exception_leaves_the_model_clean(prompts):
     model = fresh_model()
     head = SwiftHead.for_model(model)
     before = snapshot(model)
-    with pytest.raises(KeyboardInterrupt), attach(model, head) as scorer:
+    with pytest.raises(KeyboardInterrupt), attach(model, head, fuse=fuse) as scorer:
         generate(model, prompts, stopping_criteria=transformers.StoppingCriteriaList([Interrupt()]))
     assert same(before, snapshot(model))
     with pytest.raises(RuntimeError, match="nothing was generated"):
         scorer.scores()
-    check_parity(model, head, prompts)
+    check_parity(model, head, prompts, fuse=fuse)
 
 
-def test_two_models_do_not_notice_each_other(prompts):
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_two_models_do_not_notice_each_other(prompts, fuse):
     scored, other = fresh_model(0), fresh_model(1)
     head = SwiftHead.for_model(scored)
     expected = generate(other, prompts)
-    with attach(scored, head) as scorer:
+    with attach(scored, head, fuse=fuse) as scorer:
         generate(scored, prompts)
         before = scorer.scores()
         assert torch.equal(generate(other, prompts), expected)
-        with attach(other, SwiftHead.for_model(other)) as second:
+        with attach(other, SwiftHead.for_model(other), fuse=fuse) as second:
             generate(other, prompts)
             assert torch.equal(scorer.scores(), before)
             assert not torch.equal(second.scores(), before)
@@ -221,23 +224,25 @@ def test_two_models_do_not_notice_each_other(prompts):
         assert torch.equal(scorer.scores(), before)
 
 
-def test_nested_attach_is_refused_and_attaching_again_works(model, head, prompts):
-    scorer = attach(model, head)
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_nested_attach_is_refused_and_attaching_again_works(model, head, prompts, fuse):
+    scorer = attach(model, head, fuse=fuse)
     with scorer:
-        with pytest.raises(ValueError, match="attached already"), attach(model, head):
+        with pytest.raises(ValueError, match="attached already"), attach(model, head, fuse=fuse):
             pass
         generate(model, prompts)
         first = scorer.scores()
     with scorer:
         generate(model, prompts)
         assert torch.equal(scorer.scores(), first)
-    with attach(model, head) as again:
+    with attach(model, head, fuse=fuse) as again:
         generate(model, prompts)
         assert torch.equal(again.scores(), first)
 
 
-def test_each_generate_starts_afresh(model, head, prompts):
-    with attach(model, head) as scorer:
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_each_generate_starts_afresh(model, head, prompts, fuse):
+    with attach(model, head, fuse=fuse) as scorer:
         generate(model, prompts, seed=1)
         first = scorer.scores()
         generate(model, prompts, seed=2)
@@ -248,8 +253,9 @@ def test_each_generate_starts_afresh(model, head, prompts):
         assert scorer.scores().shape == (6,)
 
 
-def test_plain_forwards_between_generations_are_not_scored(model, head, prompts):
-    with attach(model, head) as scorer, torch.no_grad():
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_plain_forwards_between_generations_are_not_scored(model, head, prompts, fuse):
+    with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
         generate(model, prompts)
         before = scorer.scores()
         for rows in (3, 1, 8):
@@ -257,15 +263,16 @@ def test_plain_forwards_between_generations_are_not_scored(model, head, prompts)
         assert torch.equal(before, scorer.scores())
 
 
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_attach_after_generate_was_compiled(prompts, backend):
+def test_attach_after_generate_was_compiled(prompts, backend, fuse):
     """Dynamo would reuse the graph it traced without hooks: attach gives it a code object of its own."""
     model = fresh_model()
     head = SwiftHead.for_model(model)
     options = compiled_static(backend)
     plain = generate(model, prompts, **options)
     stock = model._compiled_call
-    with attach(model, head) as scorer:
+    with attach(model, head, fuse=fuse) as scorer:
         assert torch.equal(generate(model, prompts, **options), plain)
         compiled = scorer.scores()
         assert scorer._compiled is not None, "the compiled path did not run"
@@ -291,6 +298,22 @@ def test_attach_after_the_user_compiled_forward_is_a_loud_error(prompts):
             generate(model, prompts)
         with pytest.raises(RuntimeError, match="did not return"):
             scorer.scores()
+
+
+def test_fused_norms_after_the_user_compiled_forward_score_right(prompts):
+    """A norm with another forward fails dynamo's guards: it traces again, hooks and all."""
+    torch.compiler.reset()
+    model = fresh_model()
+    head = SwiftHead.for_model(model)
+    with attach(model, head) as scorer:
+        expected = scores_of_eager(model, scorer, prompts)
+    model.forward = torch.compile(model.forward, backend="eager")
+    plain = generate(model, prompts)
+    for _ in range(2):
+        with attach(model, head, fuse="norm") as scorer:
+            assert torch.equal(generate(model, prompts), plain)
+            torch.testing.assert_close(scorer.scores(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(generate(model, prompts), plain)
 
 
 def test_a_logits_processor_that_runs_the_model_is_noticed(model, head, prompts):
