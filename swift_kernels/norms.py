@@ -6,6 +6,7 @@ The norm that begins layer l takes the layer's input, `hidden_states[l]`; the no
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,27 @@ class FusableNorm:
         return next(self.module.parameters()).detach()
 
 
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, torch.dtype], list[FusableNorm | str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def find_norms(model: Any) -> list[FusableNorm | str]:
     """For each entry 0..L of `hidden_states`, the norm that can score it, or the reason why none can.
 
-    Runs one short forward, which leaves the model as it was, and each candidate on a few random rows.
+    Runs one short forward, which leaves the model as it was, and each candidate on a few random rows. The result is
+    remembered for as long as the model lives.
     """
     layout = features.model_layout(model)
+    # In float32 nothing tells when a norm rounds: a model that was converted since is probed again.
+    key = (layout, next(model.parameters()).dtype)
+    known = _FOUND.get(model)
+    if known is None or known[0] != key:
+        known = _FOUND[model] = (key, _trace(model, layout))
+    return known[1]
+
+
+def _trace(model: Any, layout: features.ModelLayout) -> list[FusableNorm | str]:
     last = layout.num_hidden_layers
     takers: dict[int, list[nn.Module]] = {index: [] for index in range(last)}
     makers: list[tuple[nn.Module, Tensor]] = []
