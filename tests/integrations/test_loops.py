@@ -8,8 +8,10 @@ import weakref
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift_kernels import attach
+from swift_kernels.integrations.generation import Run
 from tests.architectures import fresh_model
 from tests.integrations.helpers import generate
 
@@ -34,10 +36,11 @@ def decode_loop(model, inputs, steps, before_step=lambda step: None):
     return torch.stack(tokens, dim=1)
 
 
-def test_begin_scores_a_hand_written_loop(model, head, prompts):
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_begin_scores_a_hand_written_loop(model, head, prompts, fuse):
     inputs = {**prompts, "position_ids": (prompts["attention_mask"].cumsum(1) - 1).clamp_min(0)}
     slots = torch.tensor([2, 0, 1])
-    with attach(model, head) as scorer:
+    with attach(model, head, fuse=fuse) as scorer:
         generate(model, prompts, do_sample=False, max_new_tokens=9, eos_token_id=None)
         expected, counts = scorer.scores(), scorer.token_counts()
         scorer.begin(slots)
@@ -90,6 +93,55 @@ def test_inference_mode_and_no_grad_may_alternate(model, head, prompts, first):
     assert torch.equal(*results)
 
 
+class Waits(TorchDispatchMode):
+    """Fails on ops that bring a value from the device to the host, or make a shape of one."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "unique",
+        "repeat_interleave",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.ops = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.FORBIDDEN), f"{name} waits for the device"
+        self.ops.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("fuse", "op"), [("gather", "score_step"), ("norm", "rms_norm_score")], ids=["gather", "norm"])
+def test_a_step_never_waits_for_the_device(model, head, fuse, op):
+    """Also what capture into a CUDA graph requires."""
+    slots = torch.tensor([2, -1, 1])
+    with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
+        scorer.begin(slots)
+        mask = torch.ones(3, 1, 1, 1, dtype=torch.bool)  # a model without a mask looks at its positions to make one
+        with Waits() as mode:
+            model(input_ids=torch.full((3, 1), 9), attention_mask=mask, use_cache=False)
+        assert op in mode.ops
+        assert scorer.token_counts().tolist() == [0, 1, 1]
+
+
+def test_the_bookkeeping_of_a_sampled_token_does_not_wait(prompts):
+    run = Run(3, torch.device("cpu"))
+    slots = torch.full((3,), -1)
+    with Waits():
+        run.advance(torch.tensor([False, True, False]), torch.tensor([False, True, False]), slots, feed_last=False)
+    assert slots.tolist() == [0, -1, 2]
+    run.advance(torch.tensor([True, True, True]), torch.tensor([False, True, False]), slots, feed_last=False)
+    assert slots.tolist() == [-1, -1, -1]
+    assert run.lengths.tolist() == [2, 1, 2]
+    assert run.ended.tolist() == [False, True, False]
+
+
 def test_begin_rejects_other_slots(model, head):
     with attach(model, head) as scorer, pytest.raises(ValueError, match="expected int64"):
         scorer.begin(torch.zeros(3, dtype=torch.int32))
@@ -105,10 +157,11 @@ def test_wrong_slots_are_an_error_on_the_cpu(model, head, prompts, slots):
             decode_loop(model, prompts, 1)
 
 
-def test_scoring_holds_the_same_bytes_after_any_number_of_tokens(head):
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_scoring_holds_the_same_bytes_after_any_number_of_tokens(head, fuse):
     model = fresh_model()
     held = {}
-    with attach(model, head) as scorer:
+    with attach(model, head, fuse=fuse) as scorer:
         for steps in (32, 4096):
             scorer.begin(torch.arange(3))
             with torch.no_grad():
@@ -132,7 +185,8 @@ def live_tensor_bytes(model):
     return sum(storages.values())
 
 
-def test_no_tensor_of_an_earlier_step_stays_alive(model, head, prompts):
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_no_tensor_of_an_earlier_step_stays_alive(model, head, prompts, fuse):
     alive: list[weakref.ref] = []
     inputs_of_first_layer: list[weakref.ref] = []
 
@@ -146,7 +200,7 @@ def test_no_tensor_of_an_earlier_step_stays_alive(model, head, prompts):
 
     handle = model.model.layers[0].register_forward_pre_hook(note)
     try:
-        with attach(model, head):
+        with attach(model, head, fuse=fuse):
             criteria = transformers.StoppingCriteriaList([Check()])
             generate(model, prompts, stopping_criteria=criteria, eos_token_id=None)
     finally:
