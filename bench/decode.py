@@ -47,7 +47,7 @@ class Decoder:
         device = model.device
         self.model, self.rows = model, rows
         self.length = PROMPT + STEPS
-        self.cache = StaticCache(config=model.config, max_cache_len=self.length)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
         self.places = torch.arange(self.length, device=device)[None, None, None]
         self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)

@@ -6,15 +6,17 @@ layer l, L (the number of layers) whatever the model returns last, nearly always
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from swift_kernels.patching import patch
 
 HIDDEN_STATES = "hidden_states"
 LOGITS = "logits"
@@ -97,30 +99,34 @@ def tap(
     features: str,
     layers: Sequence[int] | None,
     consume: Callable[[int, Tensor], None],
-) -> list[RemovableHandle]:
+) -> ExitStack:
     """Calls `consume(k, entry)` with the k-th selected entry, in ascending k, in every forward of `model`.
 
-    An entry is `[batch, tokens, width]`, the tensor that the model itself goes on with: it must not be changed.
+    An entry is `[batch, tokens, width]`, the tensor that the model itself goes on with: it must not be changed. Closing
+    what is returned leaves the model as it was.
     """
+
+    def before(k: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        consume(k, layer_input(args, kwargs))
+        return forward(*args, **kwargs)
+
+    def after(k: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        consume(k, output.logits if features == LOGITS else last_hidden_state(output))
+        return output
+
+    taps = ExitStack()
     if features == LOGITS:
-        return [model.register_forward_hook(lambda _module, _args, output: consume(0, output.logits))]
+        taps.callback(patch(model, "forward", functools.partial(after, 0)))
+        return taps
     layout = model_layout(model)
-    handles: list[RemovableHandle] = []
     for k, index in enumerate(layers or ()):
         if index < layout.num_hidden_layers:
-
-            def before_layer(_module: nn.Module, args: Any, kwargs: Any, k: int = k) -> None:
-                consume(k, layer_input(args, kwargs))
-
-            handles.append(layout.layers[index].register_forward_pre_hook(before_layer, with_kwargs=True))
+            taps.callback(patch(layout.layers[index], "forward", functools.partial(before, k)))
         else:
-
-            def after_last(_module: nn.Module, _args: Any, output: Any, k: int = k) -> None:
-                consume(k, last_hidden_state(output))
-
             source = layout.decoder if layout.last == "decoder" else layout.layers[-1]
-            handles.append(source.register_forward_hook(after_last))
-    return handles
+            taps.callback(patch(source, "forward", functools.partial(after, k)))
+    return taps
 
 
 def scored_tokens(response_ids: Sequence[int], eos_token_ids: Collection[int], span: str) -> list[int]:

@@ -7,17 +7,20 @@ torch.compile, the stock norm runs, and what is to be scored there is gathered.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swift_kernels import features, schema
 from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.generation import NotScoredError
 from swift_kernels.norms import FusableNorm, find_norms
+from swift_kernels.patching import patch
 from swift_kernels.state import ScoreState
 
 Buffers = tuple[ScoreState, Tensor, Tensor | None]
@@ -77,15 +80,17 @@ class NormPath:
         plain = f" and {len(self._plain)} normalise" if self._plain else ""
         return f"{len(self._scored)} RMSNorms score{plain}, one call each"
 
-    def patches(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
-        """The norm modules and the `forward` each is to have while attached."""
-        if self.reason is not None:
-            return []
-        first_features = [0, *itertools.accumulate(self._widths)]
-        patched = [
-            (norm.module, self._scoring_forward(norm, k, first_features[k])) for k, norm in enumerate(self._scored)
-        ]
-        return patched + [(norm.module, self._plain_forward(norm)) for norm in self._plain]
+    def patch(self) -> ExitStack:
+        """Fuses the norms, until what is returned is closed."""
+        patches = ExitStack()
+        if self.reason is None:
+            first_features = [0, *itertools.accumulate(self._widths)]
+            for k, norm in enumerate(self._scored):
+                scored = functools.partial(self._score, norm, k, first_features[k])
+                patches.callback(patch(norm.module, "forward", scored))
+            for norm in self._plain:
+                patches.callback(patch(norm.module, "forward", functools.partial(self._normalise, norm)))
+        return patches
 
     def expect(self, k: int, entry: Tensor) -> None:
         """Told by the model's hooks of entry k of a step as it appears.
@@ -145,37 +150,29 @@ class NormPath:
             gate_reward,
         )
 
-    def _scoring_forward(self, norm: FusableNorm, k: int, first_feature: int) -> Callable[..., Any]:
-        original = norm.module.forward
+    def _score(
+        self, norm: FusableNorm, k: int, first_feature: int, stock: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if kwargs or len(args) != 1 or not self._scoring(args[0]):
+            return stock(*args, **kwargs)
+        hidden_states = args[0]
+        if k != self._next_entry:
+            self._fail(k, f"entry {self._next_entry} was to come next")
+        if not norm.scores_output and hidden_states is not self._expected:
+            self._fail(k, "its norm does not take what the layer was called with")
+        output = self._call(norm, k, first_feature, hidden_states[:, 0], *self._buffers())[:, None]
+        self._expected = output if norm.scores_output else None
         last = k == len(self._scored) - 1
+        self._next_entry = 0 if last else k + 1
+        if last:
+            self._closed()
+        return output
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if kwargs or len(args) != 1 or not self._scoring(args[0]):
-                return original(*args, **kwargs)
-            hidden_states = args[0]
-            if k != self._next_entry:
-                self._fail(k, f"entry {self._next_entry} was to come next")
-            if not norm.scores_output and hidden_states is not self._expected:
-                self._fail(k, "its norm does not take what the layer was called with")
-            output = self._call(norm, k, first_feature, hidden_states[:, 0], *self._buffers())[:, None]
-            self._expected = output if norm.scores_output else None
-            self._next_entry = 0 if last else k + 1
-            if last:
-                self._closed()
-            return output
-
-        return forward
-
-    def _plain_forward(self, norm: FusableNorm) -> Callable[..., Any]:
-        original = norm.module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if kwargs or len(args) != 1 or not self._scoring(args[0]):
-                return original(*args, **kwargs)
-            rows = args[0][:, 0]
-            return schema.rms_norm(rows, norm.weight, norm.eps, norm.unit_offset, norm.round_first)[:, None]
-
-        return forward
+    def _normalise(self, norm: FusableNorm, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or not self._scoring(args[0]):
+            return stock(*args, **kwargs)
+        rows = args[0][:, 0]
+        return schema.rms_norm(rows, norm.weight, norm.eps, norm.unit_offset, norm.round_first)[:, None]
 
     def _fail(self, k: int, what: str) -> None:
         self.reset()

@@ -81,12 +81,8 @@ def forward_responses(
         ) -> None:
             consume(places, k, entry[rows, columns])
 
-        handles = features.tap(model, config.features, config.layers, hand_over)
-        try:
+        with features.tap(model, config.features, config.layers, hand_over):
             model(input_ids=token_ids, past_key_values=cache, **options)
-        finally:
-            for handle in handles:
-                handle.remove()
     return cu_seqlens
 
 

@@ -59,14 +59,9 @@ def forward_packed(
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     if not rows:
         return cu_seqlens
-    handles = features.tap(model, config.features, config.layers, lambda k, entry: consume(k, entry[picked]))
-    try:
-        with torch.no_grad():
-            options = forward_options(model, config.features)
-            model(input_ids=token_ids, attention_mask=mask, use_cache=False, **options)
-    finally:
-        for handle in handles:
-            handle.remove()
+    options = forward_options(model, config.features)
+    with torch.no_grad(), features.tap(model, config.features, config.layers, lambda k, x: consume(k, x[picked])):
+        model(input_ids=token_ids, attention_mask=mask, use_cache=False, **options)
     return cu_seqlens
 
 

@@ -8,7 +8,6 @@ count are known from the stopping criteria, which `generate` evaluates on every 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from swift_kernels.integrations.generation import (
 )
 from swift_kernels.integrations.norm_path import NormPath, in_eager_step
 from swift_kernels.integrations.teacher_forcing import forward_packed, score_texts
+from swift_kernels.patching import patch, set_aside
 from swift_kernels.state import ScoreState
 
 try:
@@ -39,7 +39,6 @@ except ImportError as error:
 __all__ = ["NotScoredError", "Scorer", "UnsupportedGenerationError", "attach", "forward_packed", "score_texts"]
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_MISSING = object()
 
 
 def attach(
@@ -104,19 +103,17 @@ class Scorer:
         _ATTACHED.add(self.model)
         config = self.head.config
         self._restore.append(lambda: _ATTACHED.discard(self.model))
-        for handle in features.tap(self.model, config.features, config.layers, self._consume):
-            self._restore.append(handle.remove)
-        for module, forward in self._norms.patches() if self._norms is not None else ():
-            self._set_aside("forward", module)
-            module.__dict__["forward"] = forward
+        self._restore.append(features.tap(self.model, config.features, config.layers, self._consume).close)
+        if self._norms is not None:
+            self._restore.append(self._norms.patch().close)
         for name in ("_compiled_call", "_last_compile_config"):
-            self._set_aside(name)
-        self._patch("generate", self._generate)
-        self._patch("_get_stopping_criteria", self._get_stopping_criteria)
-        self._patch("get_compiled_call", self._get_compiled_call)
+            self._restore.append(set_aside(self.model, name))
+        self._restore.append(patch(self.model, "generate", self._generate))
+        self._restore.append(patch(self.model, "_get_stopping_criteria", self._get_stopping_criteria))
+        self._restore.append(patch(self.model, "get_compiled_call", self._get_compiled_call))
         for name in ("generate_batch", "init_continuous_batching"):
             if hasattr(self.model, name):
-                self._patch(name, refuse_continuous_batching)
+                self._restore.append(patch(self.model, name, refuse_continuous_batching))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,6 +143,7 @@ class Scorer:
         self._whole_sequences = self._scored = False
         self._reset(slots.shape[0] if num_slots is None else num_slots, slots.shape[0])
         self._slots = slots
+        self._mark_static()
         self._active = True
 
     def scores(self) -> Tensor:
@@ -386,27 +384,13 @@ class Scorer:
             state.partials,
             state.arrivals,
             self._own_slots,
+            self._slots,
             self._gate_reward,
+            self.head.weight,
+            self.head.bias,
         ):
             if buffer is not None:
                 torch._dynamo.mark_static_address(buffer)
-
-    def _patch(self, name: str, replacement: Callable[..., Any]) -> None:
-        original = getattr(self.model, name)
-        self._set_aside(name)
-        # wraps() keeps the signature, which transformers inspects.
-        self.model.__dict__[name] = functools.wraps(original)(functools.partial(replacement, original))
-
-    def _set_aside(self, name: str, module: nn.Module | None = None) -> None:
-        attributes = (self.model if module is None else module).__dict__
-        value = attributes.pop(name, _MISSING)
-
-        def restore() -> None:
-            attributes.pop(name, None)
-            if value is not _MISSING:
-                attributes[name] = value
-
-        self._restore.append(restore)
 
     def _check_inside(self) -> None:
         if not self._restore:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -286,22 +288,9 @@ def scores_of_eager(model, scorer, prompts):
     return scorer.scores()
 
 
-def test_attach_after_the_user_compiled_forward_is_a_loud_error(prompts):
-    # Other tests may have used up the recompilations, after which dynamo runs this code, hooks and all, eagerly.
-    torch.compiler.reset()
-    model = fresh_model()
-    head = SwiftHead.for_model(model)
-    model.forward = torch.compile(model.forward, backend="eager")
-    generate(model, prompts)
-    with attach(model, head) as scorer:
-        with pytest.raises(NotScoredError, match="attach first"):
-            generate(model, prompts)
-        with pytest.raises(RuntimeError, match="did not return"):
-            scorer.scores()
-
-
-def test_fused_norms_after_the_user_compiled_forward_score_right(prompts):
-    """A norm with another forward fails dynamo's guards: it traces again, hooks and all."""
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_attach_after_the_user_compiled_forward(prompts, fuse):
+    """A layer with a forward of its own fails dynamo's guards, where a hook would be ignored: it traces again."""
     torch.compiler.reset()
     model = fresh_model()
     head = SwiftHead.for_model(model)
@@ -310,10 +299,36 @@ def test_fused_norms_after_the_user_compiled_forward_score_right(prompts):
     model.forward = torch.compile(model.forward, backend="eager")
     plain = generate(model, prompts)
     for _ in range(2):
-        with attach(model, head, fuse="norm") as scorer:
+        with attach(model, head, fuse=fuse) as scorer:
             assert torch.equal(generate(model, prompts), plain)
             torch.testing.assert_close(scorer.scores(), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(generate(model, prompts), plain)
+
+
+def test_a_forward_that_was_not_scored_is_a_loud_error(prompts):
+    """As when something else replaces a module's forward while it is attached."""
+    model = fresh_model()
+    with attach(model, SwiftHead.for_model(model)) as scorer:
+        del model.model.__dict__["forward"]
+        with pytest.raises(NotScoredError, match="attach first"):
+            generate(model, prompts)
+        with pytest.raises(RuntimeError, match="did not return"):
+            scorer.scores()
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_a_copy_of_an_attached_model_is_a_stock_model(prompts, fuse):
+    model = fresh_model()
+    plain = generate(model, prompts)
+    with attach(model, SwiftHead.for_model(model), fuse=fuse) as scorer:
+        generate(model, prompts)
+        scores = scorer.scores()
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0)  # a copy that ran its original's layers would notice
+        assert torch.equal(generate(twin, prompts), plain)
+        assert torch.equal(scorer.scores(), scores)
 
 
 def test_a_logits_processor_that_runs_the_model_is_noticed(model, head, prompts):

@@ -82,6 +82,57 @@ def test_begin_scores_a_loop_step_compiled_as_one_graph(model, head, backend):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_step_is_compiled_once_and_copies_no_buffers(model, head):
+    """Buffers that torch.compile takes for static are neither copied before a replay of its CUDA graphs, nor keep it
+    from recording one, as mutated inputs otherwise do."""
+    graphs = []
+
+    def backend(graph, _example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    tokens = torch.full((3, 1), 9)
+    slots = torch.tensor([0, 1, 2])
+    with torch.no_grad(), attach(model, head) as scorer:
+        scorer.begin(slots)
+        step = torch.compile(lambda: model(input_ids=tokens, use_cache=False).logits, fullgraph=True, backend=backend)
+        for route in ([0, 1, 2], [2, -1, 0], [-1, -1, -1]):
+            slots.copy_(torch.tensor(route))
+            tokens += 1
+            step()
+        scorer.begin(slots)
+        step()
+        assert scorer.token_counts().tolist() == [0, 0, 0]
+    assert len(graphs) == 1
+    [node] = [node for node in graphs[0].graph.nodes if "score_step" in str(node.target)]
+    buffers = [argument for argument in node.args[3:] if argument is not None]
+    assert len(buffers) == 5
+    for buffer in buffers:
+        assert buffer.op == "placeholder", buffer
+        assert buffer.meta["tensor_dict"].get("_dynamo_static_input_type"), buffer
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_attach_compile_detach_and_attach_again(head, fuse):
+    model = fresh_model()
+    tokens = torch.randint(6, 96, (4, 3, 1), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda ids: model(input_ids=ids, use_cache=False).logits, fullgraph=True, backend="eager")
+    results = []
+    with torch.no_grad():
+        stock = [model(input_ids=ids, use_cache=False).logits for ids in tokens]
+        for _ in range(2):
+            with attach(model, head, fuse=fuse) as scorer:
+                scorer.begin(torch.arange(3))
+                for ids, expected in zip(tokens, stock, strict=True):
+                    torch.testing.assert_close(compiled(ids), expected)
+                results.append(scorer.scores())
+            # Detached, the step goes on as the stock model: whatever it still writes belongs to nobody.
+            for ids, expected in zip(tokens, stock, strict=True):
+                torch.testing.assert_close(compiled(ids), expected)
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(results[0], results[1])
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["inference-mode-first", "inference-mode-last"])
 def test_inference_mode_and_no_grad_may_alternate(model, head, prompts, first):
     results = []
