@@ -24,8 +24,18 @@ STAGES = {
         "kernel tests": [*PYTEST, "tests/ops", "--deselect", "tests/ops/test_interpreter.py", "-k", "not 100_000"],
         "attach tests": [*PYTEST, "tests/integrations/test_gpu.py"],
     },
-    2: {"score_step": [sys.executable, "bench/score_step.py", "--rows", "1,64,256"]},
+    2: {
+        "score_step": [sys.executable, "bench/score_step.py", "--rows", "1,64,256"],
+        "score_sequence": [sys.executable, "bench/score_sequence.py"],
+        "launch_cost": [sys.executable, "bench/launch_cost.py"],
+        "decode": [sys.executable, "bench/decode.py", "--model", "8b", "--rows", "64", "--rounds", "15"],
+    },
     3: {
+        "memcheck": [
+            *("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+            *(*PYTEST, "tests/ops", "--deselect", "tests/ops/test_interpreter.py", "-k", "one-row or one_row"),
+        ],
+        "decode": [sys.executable, "bench/decode.py", "--model", "8b", "--rows", "1", "--rounds", "15"],
         "score_step": [sys.executable, "bench/score_step.py", "--rows", "1,2,4,8,16,32,64,128,256,512"],
         "stress": [sys.executable, "bench/gpu_stress.py", "--launches", "100000"],
     },

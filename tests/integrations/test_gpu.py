@@ -10,8 +10,9 @@ import torch
 from swift_kernels import SwiftHead, attach
 from swift_kernels.integrations.compatibility import eos_token_ids
 from swift_kernels.schema import implementation
-from tests.architectures import NAMED, tiny_model
+from tests.architectures import NAMED, randomised, tiny_model
 from tests.integrations.helpers import check_parity, generate, responses_of
+from tests.integrations.test_norm_path import EVERY
 from tests.oracle import assert_scores, captured_tokens, oracle
 
 pytestmark = pytest.mark.gpu
@@ -39,12 +40,21 @@ def test_parity(name, options, gpu_prompts):
     check_parity(model, SwiftHead.for_model(model), gpu_prompts, **options)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_parity_inside_the_norms(name, gpu_prompts):
+    model = on_gpu(name)
+    scorer = check_parity(model, SwiftHead.for_model(model), gpu_prompts, fuse="norm")
+    assert "ran so far: norm" in scorer.describe()
+    assert "by triton" in scorer.describe()
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_level_a_in_half_precision(name, dtype, gpu_prompts):
+def test_level_a_in_half_precision(name, dtype, fuse, gpu_prompts):
     model = on_gpu(name, dtype)
     head = SwiftHead.for_model(model)
-    with attach(model, head) as scorer:
+    with attach(model, head, fuse=fuse) as scorer:
         output = generate(model, gpu_prompts, return_dict_in_generate=True, output_hidden_states=True)
         responses = responses_of(scorer, output.sequences, gpu_prompts["input_ids"].shape[1])
         tokens = captured_tokens(output, head, responses, eos_token_ids(model))
@@ -68,39 +78,95 @@ def test_static_cache_is_compiled_and_replayed(name, gpu_prompts):
                 torch.testing.assert_close(scorer.scores(), eager, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-def test_a_captured_decode_loop(gpu_prompts):
+def decode_both_ways(scorer, state_of, step, capture, token, slots):
+    """Scores and counts of the same tokens and routes, eagerly and with what `capture(step)` makes of the step."""
+    inputs = [torch.randint(6, 96, (3, 1), device="cuda") for _ in range(5)]
+    routes = [[0, 1, 2], [2, 1, 0], [0, -1, 1], [1, 2, -1], [-1, -1, 0]]
+    results = []
+    for run in (capture(step), step):
+        state_of(scorer).reset_()
+        for values, route in zip(inputs, routes, strict=True):
+            token.copy_(values)
+            slots.copy_(torch.tensor(route))
+            run()
+        results.append((scorer.scores(), scorer.token_counts()))
+    return results
+
+
+def captured(step):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+@pytest.mark.parametrize("capture", ["graph", "reduce-overhead"])
+def test_a_recorded_decode_step(capture, fuse):
     """Replayed with other inputs and other slots, a graph gives what eager steps give."""
     model = on_gpu("llama")
     head = SwiftHead.for_model(model)
     token = torch.full((3, 1), 9, device="cuda")
     slots = torch.arange(3, device="cuda")
+    mask = torch.ones(3, 1, 1, 1, dtype=torch.bool, device="cuda")
 
     def step():
-        model(input_ids=token, use_cache=False)
+        return model(input_ids=token, attention_mask=mask, use_cache=False).logits
 
-    with attach(model, head) as scorer, torch.no_grad():
+    def compiled(step):
+        run = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            run()
+        return run
+
+    with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
+        scorer.warmup(3)
         scorer.begin(slots)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        inputs = [torch.randint(6, 96, (3, 1), device="cuda") for _ in range(5)]
-        routes = [[0, 1, 2], [2, 1, 0], [0, -1, 1], [1, 2, -1], [-1, -1, 0]]
-        results = []
-        for run in (graph.replay, step):
-            scorer._state.reset_()
-            for values, route in zip(inputs, routes, strict=True):
-                token.copy_(values)
-                slots.copy_(torch.tensor(route))
-                run()
-            results.append((scorer.scores(), scorer.token_counts()))
+        make = captured if capture == "graph" else compiled
+        results = decode_both_ways(scorer, lambda scorer: scorer._state, step, make, token, slots)
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_nothing_compiles_after_the_warm_up(fuse):
+    from triton import knobs
+
+    compiled = []
+    model = on_gpu("llama", torch.bfloat16)
+    with attach(model, SwiftHead.for_model(model), fuse=fuse) as scorer, torch.no_grad():
+        scorer.warmup()
+        knobs.runtime.jit_post_compile_hook = lambda **kwargs: compiled.append(kwargs["repr"])
+        try:
+            for rows in (1, 2, 7, 16, 33, 64, 257):
+                scorer.begin(torch.arange(rows, device="cuda"))
+                model(input_ids=torch.full((rows, 1), 9, device="cuda"), use_cache=False)
+                assert scorer.token_counts().tolist() == [1] * rows
+        finally:
+            knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_capture_without_a_warm_up_is_one_clear_error(fuse):
+    """Widths that nothing else in this process has compiled for."""
+    config = copy.deepcopy(tiny_model("llama").config)
+    config.hidden_size, config.head_dim = {"gather": (48, 12), "norm": (56, 14)}[fuse]
+    model = randomised(config).to("cuda")
+    head = SwiftHead.for_model(model)
+    token = torch.full((2, 1), 9, device="cuda")
+    with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
+        scorer.begin(torch.arange(2, device="cuda"))
+        model(input_ids=torch.full((2, 2), 9, device="cuda"), use_cache=False)
+        with pytest.raises(RuntimeError, match="warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(input_ids=token, use_cache=False)
 
 
 def test_no_synchronisation_in_a_step(gpu_prompts):
@@ -122,11 +188,12 @@ def test_no_synchronisation_in_a_step(gpu_prompts):
     assert state.token_count.tolist() == [0, 0, 0]
 
 
-def test_bytes_on_the_device_do_not_grow(gpu_prompts):
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_bytes_on_the_device_do_not_grow(fuse):
     model = on_gpu("llama")
     head = SwiftHead.for_model(model)
     held = {}
-    with attach(model, head) as scorer, torch.no_grad():
+    with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
         for steps in (32, 4096):
             scorer.begin(torch.arange(3, device="cuda"))
             for _ in range(steps):

@@ -46,6 +46,21 @@ def test_parity(real_model, head, inputs, options):
     check_parity(model, head, inputs, copies=2, max_new_tokens=12, **options)
 
 
+def test_fused_norms(real_model, head, inputs):
+    """Both levels of parity with the scores taken inside the norms, and logits within 1e-5 of the stock model's."""
+    model, _ = real_model
+    scorer = check_parity(model, head, inputs, copies=1, max_new_tokens=8, fuse="norm")
+    assert "ran so far: norm" in scorer.describe()
+    tokens = inputs["input_ids"][:, -1:]
+    with torch.no_grad():
+        stock = model(input_ids=tokens, use_cache=False).logits
+        with attach(model, head, fuse="norm") as scorer:
+            scorer.begin(torch.arange(tokens.shape[0]))
+            fused = model(input_ids=tokens, use_cache=False).logits
+            assert scorer.token_counts().tolist() == [1] * tokens.shape[0]
+    torch.testing.assert_close(fused, stock, rtol=0, atol=1e-5 * stock.abs().max().item())
+
+
 @pytest.mark.parametrize("layers", [[16, -1], "logits"], ids=["subset", "logits"])
 def test_parity_features(real_model, inputs, layers):
     model, _ = real_model
