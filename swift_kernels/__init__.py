@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from swift_kernels.features import UnsupportedModelError
-from swift_kernels.head import HeadConfig, SwiftHead
+from swift_kernels.head import HeadConfig, SwiftHead, score_heads
 from swift_kernels.state import ScoreState
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ __all__ = [
     "UnsupportedModelError",
     "attach",
     "best_of_n",
+    "score_heads",
     "score_texts",
 ]
 

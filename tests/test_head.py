@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from swift_kernels import HeadConfig, SwiftHead
+from swift_kernels import HeadConfig, SwiftHead, schema, score_heads
 from swift_kernels.features import resolve_layers
 
 
@@ -59,6 +59,23 @@ def test_stepping_with_gradients_enabled_records_none():
     state = head.init_state(1)
     head.step([torch.randn(1, 4, requires_grad=True)], state, torch.tensor([0]))
     assert not state.sums.requires_grad
+
+
+def test_warming_up_runs_the_steps_to_come_on_rows_that_count_for_nothing(monkeypatch):
+    head, steps = SwiftHead([4, 3]), []
+    monkeypatch.setattr(schema, "score_step", lambda *arguments: steps.append(arguments))
+    assert head.warmup(dtype=torch.bfloat16, rows=2, gate_reward=True) is None
+    for hidden_states, *_, gate_reward in steps:
+        assert [(entry.shape, entry.dtype) for entry in hidden_states] == [((2, w), torch.bfloat16) for w in (4, 3)]
+        assert gate_reward is None or gate_reward.shape == (2, 2)
+    assert [arguments[-1] is None for arguments in steps] == [True, False]
+    assert all((arguments[3] < 0).all() for arguments in steps)
+
+
+def test_warming_up_on_the_cpu_loads_the_library():
+    SwiftHead([4]).warmup()
+    loaded = torch._C._dispatch_has_kernel_for_dispatch_key("swift_kernels::score_step", "CPU")
+    assert loaded == (schema.implementation("cpu") == "cpp")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +141,47 @@ def test_configs_that_make_no_sense(fields, message):
 def test_forward_names_what_is_wrong(widths, cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
         SwiftHead([4, 4])([torch.randn(5, width) for width in widths], torch.tensor(cu_seqlens))
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gate", "mean"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_heads_that_share_one_read_score_as_each_alone(count, gate):
+    entries = [torch.randn(9, width) for width in (24, 7)]
+    cu_seqlens = torch.tensor([0, 4, 4, 9])
+    heads = [SwiftHead([24, 7], gate=gate) for _ in range(count)]
+    scores = score_heads(heads, entries, cu_seqlens)
+    assert scores.shape == (3, count)
+    scores[[0, 2]].pow(2).sum().backward()
+    together = [(head.weight.grad.clone(), head.bias.grad.clone()) for head in heads]
+    for k, head in enumerate(heads):
+        head.zero_grad()
+        alone = head(entries, cu_seqlens)
+        torch.testing.assert_close(scores[:, k], alone, equal_nan=True)
+        alone[[0, 2]].pow(2).sum().backward()
+        torch.testing.assert_close(together[k], (head.weight.grad, head.bias.grad))
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([], "heads is empty"),
+        ([{"widths": (4, 4)}, {"widths": (4, 5)}], r"heads\[1\] reads layers None of widths \[4, 5\]"),
+        (
+            [
+                {"widths": (4, 4), "layers": (0, 1), "num_hidden_layers": 2},
+                {"widths": (4, 4), "layers": (0, 2), "num_hidden_layers": 2},
+            ],
+            r"heads\[1\] reads layers \(0, 2\)",
+        ),
+        ([{"widths": (4, 4)}, {"widths": (4, 4), "gate": False}], r"heads\[1\] has gate=False"),
+        ([{"widths": (4, 4)}, {"widths": (4, 4), "dtype": "bfloat16"}], r"heads\[1\] has .*bfloat16 weights"),
+    ],
+    ids=["none", "widths", "layers", "gate", "dtype"],
+)
+def test_heads_of_different_kinds_do_not_share_a_read(others, message):
+    heads = [SwiftHead(HeadConfig(**fields)) for fields in others]
+    with pytest.raises(ValueError, match=message):
+        score_heads(heads, [torch.randn(5, 4)] * 2, torch.tensor([0, 5]))
 
 
 def test_a_state_of_another_head_is_refused():
