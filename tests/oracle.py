@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,3 +86,114 @@ def assert_scores(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     assert torch.equal(actual.isnan(), expected.isnan()), (actual, expected)
     excess = ((actual - expected).abs() - bound).nan_to_num(0.0)
     assert (excess <= 0).all(), f"error {(actual - expected).abs().tolist()} above the bound {bound.tolist()}"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A float64 value, and how far from it a result of the kernels may be."""
+
+    value: Tensor
+    bound: Tensor
+
+    def check(self, actual: Tensor, what: str) -> None:
+        assert actual.shape == self.value.shape, f"{what} has shape {list(actual.shape)}"
+        error = (actual.detach().cpu().double() - self.value).abs()
+        assert torch.equal(error.isnan(), self.value.isnan()), f"{what} is {actual}, expected {self.value}"
+        excess = (error - self.bound)[~error.isnan()]
+        assert (excess <= 0).all(), (
+            f"{what}: {int((excess > 0).sum())} errors above the bound, by {float(excess.max())}"
+        )
+
+
+@dataclass(frozen=True)
+class SequenceOracle:
+    """What `schema.score_sequence` returns in float64, and its gradients for `grad_scores`."""
+
+    logits: Bounded
+    scores: Bounded
+    grad_weight: Bounded
+    grad_bias: Bounded
+    grad_entries: list[Bounded]
+
+
+def weighted_sum_depth(tokens: int) -> int:
+    """Longest chain of float32 roundings in a gradient of the weight, for every kernel.
+
+    A product rounds once; 256 of them at most are added one after the other, then the sums of such blocks.
+    """
+    return 1 + min(tokens, 256) + -(-tokens // 256)
+
+
+def sequence_oracle(
+    entries: Sequence[Tensor], weight: Tensor, bias: Tensor, cu_seqlens: Tensor, gated: bool, grad_scores: Tensor
+) -> SequenceOracle:
+    """Values by autograd in float64; bounds first order in u = eps / 2, with a margin of 5% for the rest.
+
+    d(x) is the bound of x. With n = `dot_depth`: d(logit) = n u sum|W x|. A sigmoid has a slope of at most 1/4, and
+    rounds its exponential, addition and division: d(g) = d(a) / 4 + 4 u g. Over the k tokens of a sequence, with
+    G = sum g and s = sum g r / G, each sum rounds k times and each product or quotient once:
+        d(G) = sum d(g) + k u G                d(s) = sum(|r - s| d(g) + g d(r)) / G + (2 k + 3) u sum(g |r|) / G
+    The logits' gradients are p = (grad / G) g for the reward and p (1 - g) (r - s) for the gate, so
+        d(p) = |p| (d(G) / G + 2 u) + |grad / G| d(g)
+        d(gate) = d(p) (1 - g) |r - s| + |p| (d(g) + u) |r - s| + |p| (1 - g) (d(r) + d(s) + u |r - s|) + 2 u |gate|
+    They are summed over the tokens (with m = `weighted_sum_depth` for the weight, at most every token for the bias), or
+    over the outputs for the entries, and rounded to the dtype of what they are the gradient of.
+    """
+    u = EPS / 2
+    features = torch.cat([entry.detach().double() for entry in entries], dim=1)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (weight, bias)]
+    tokens, heads = features.shape[0], weight.shape[0] // (2 if gated else 1)
+    logits = reference.project([features], *doubles)
+    logits.retain_grad()
+    scores, gate_reward = reference.pool(logits, cu_seqlens, gated)
+    scores.nan_to_num(0.0).backward(grad_scores.double().where(~scores.isnan(), 0.0))
+    w, b = (tensor.detach() for tensor in doubles)
+    magnitude = features.abs() @ w.abs().T + b.abs()
+    logit_bound = dot_depth([entry.shape[1] for entry in entries]) * u * magnitude
+
+    sequence = torch.repeat_interleave(torch.arange(cu_seqlens.numel() - 1), cu_seqlens.diff())
+
+    def over_sequences(values: Tensor) -> Tensor:
+        return torch.zeros(cu_seqlens.numel() - 1, heads, dtype=torch.float64).index_add(0, sequence, values)
+
+    score = scores.detach().nan_to_num(0.0)
+    gate, reward = gate_reward.detach().unbind(-1)
+    d_reward = logit_bound.unflatten(1, (heads, -1))[..., -1]
+    d_gate = logit_bound.unflatten(1, (heads, -1))[..., 0] / 4 + 4 * u * gate if gated else torch.zeros_like(gate)
+    count = cu_seqlens.diff()[:, None]
+    total = over_sequences(gate).clamp_min(reference.GATE_SUM_FLOOR)
+    distance = (reward - score[sequence]).abs()
+    d_total = over_sequences(d_gate) + count * u * total
+    d_score = over_sequences(distance * d_gate + gate * d_reward) / total
+    d_score = d_score + (2 * count + 3) * u * over_sequences(gate * reward.abs()) / total
+
+    scale = (grad_scores.double() / total)[sequence].abs()
+    p = scale * gate
+    d_p = p * ((d_total / total)[sequence] + 2 * u) + scale * d_gate
+    d_logits = d_p
+    if gated:
+        d_distance = d_reward + d_score[sequence] + u * distance
+        d_gates = d_p * (1 - gate) * distance + p * (d_gate + u) * distance + p * (1 - gate) * d_distance
+        d_logits = torch.stack([d_gates + 2 * u * p * (1 - gate) * distance, d_p], dim=-1).flatten(1)
+
+    grad = logits.grad
+
+    def rounded(value: Tensor, bound: Tensor, dtype: torch.dtype) -> Bounded:
+        info = torch.finfo(dtype)
+        return Bounded(value, 1.05 * bound + info.eps / 2 * value.abs() + info.smallest_normal * info.eps)
+
+    bounds = d_logits.T @ features.abs() + weighted_sum_depth(tokens) * u * (grad.abs().T @ features.abs())
+    d_features = d_logits @ w.abs() + (weight.shape[0] + 1) * u * (grad.abs() @ w.abs())
+    widths = [entry.shape[1] for entry in entries]
+    return SequenceOracle(
+        logits=Bounded(logits.detach(), 1.05 * logit_bound),
+        scores=Bounded(scores.detach(), 1.05 * d_score),
+        grad_weight=rounded(doubles[0].grad, bounds, weight.dtype),
+        grad_bias=rounded(doubles[1].grad, d_logits.sum(0) + tokens * u * grad.abs().sum(0), bias.dtype),
+        grad_entries=[
+            rounded(value, bound, entry.dtype)
+            for entry, value, bound in zip(
+                entries, (grad @ w).split(widths, dim=1), d_features.split(widths, dim=1), strict=True
+            )
+        ],
+    )
