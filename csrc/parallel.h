@@ -19,9 +19,9 @@ inline int64_t worthwhile_threads(int64_t products, int64_t tasks) {
 }
 
 // Calls `run(task, next, scratch)` for every task below `tasks`; `next` is the task that the same thread runs
-// afterwards, or the same one again when there is none, and `scratch` holds `scratch_floats` floats of the thread's own.
-// Threads claim tasks as they go, so that one that wakes late or loses its core holds nothing up. A task is claimed
-// ahead of its turn, for the one before to prefetch what it needs.
+// afterwards, or the same one again when there is none, and `scratch` holds `scratch_floats` floats of the thread's
+// own. Threads claim tasks as they go, so that one that wakes late or loses its core holds nothing up. A task is
+// claimed ahead of its turn, for the one before to prefetch what it needs.
 template <typename Run>
 void run_tasks(int64_t tasks, int64_t threads, int64_t scratch_floats, const Run& run) {
   struct alignas(64) Line {

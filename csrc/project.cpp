@@ -22,8 +22,9 @@ constexpr int64_t PARTIALS_FLOATS = (1 << 20) / sizeof(float);
 constexpr int64_t MIN_BLOCK_TOKENS = 32;
 constexpr int64_t MAX_BLOCK_TOKENS = 4096;
 
-// Columns of a task of the backward pass: whole rows of most models, read from end to end, while the sums of two outputs
-// stay in the second-level cache. Fewer where that leaves threads without work, down to what prefetching a row is worth.
+// Columns of a task of the backward pass: whole rows of most models, read from end to end, while the sums of two
+// outputs stay in the second-level cache. Fewer where that leaves threads without work, down to what prefetching a row
+// is worth.
 constexpr int64_t MAX_TASK_COLUMNS = 4096;
 constexpr int64_t MIN_TASK_COLUMNS = 256;
 constexpr int64_t TASKS_PER_THREAD = 8;
@@ -46,6 +47,9 @@ Tensor project(const std::vector<Tensor>& hidden_states, const Tensor& weight, c
   std::vector<float> partials(block_tokens * token_floats);
   std::vector<int64_t> tokens(block_tokens);
   std::iota(tokens.begin(), tokens.end(), int64_t{0});
+  std::vector<float> biases;
+  for (int64_t output = 0; output < outputs; ++output)
+    biases.push_back(bias_value(bias, output));
   for (int64_t first = 0; first < sizes.rows; first += block_tokens) {
     const int64_t count = std::min(block_tokens, sizes.rows - first);
     tokens.resize(count);
@@ -56,7 +60,7 @@ Tensor project(const std::vector<Tensor>& hidden_states, const Tensor& weight, c
         for (int64_t output = 0; output < outputs; ++output) {
           const float* of_pair = partials.data() + (output / 2 * count + token) * sizes.chunks * 2;
           written[(first + token) * outputs + output] =
-              add_partials(of_pair + output % 2, sizes.chunks) + bias_value(bias, output);
+              add_partials(of_pair + output % 2, sizes.chunks) + biases[output];
         }
     });
   }

@@ -42,6 +42,7 @@ void check_norm(const Tensor& hidden_states, const Tensor& norm_weight) {
 // What is scored on the way, and where its dot products go.
 struct Scoring {
   const Tensor& weight;
+  int64_t outputs;
   int64_t first_feature;
   bool output;  // what the norm returns, not what it takes
   const int64_t* slots;
@@ -57,8 +58,8 @@ struct Scoring {
   // `chunks` are the partial sums of one row, each `floats` long.
   void finish_row(int64_t row, const float* chunks, int64_t count, int64_t floats) const {
     float* row_partials = partials + row * partials_stride;
-    for (int64_t output_index = 0; output_index < weight.size(0); ++output_index)
-      row_partials[entry * 2 + output_index] = add_partials(chunks + output_index, count, floats);
+    for (int64_t o = 0; o < outputs; ++o)
+      row_partials[entry * 2 + o] = add_partials(chunks + o, count, floats);
     if (update != nullptr)
       update->add_token(row, row_partials, entry + 1);
   }
@@ -78,7 +79,7 @@ Tensor normalise(
   int64_t weight_stride = 0;
   if (scoring != nullptr) {
     const WeightDtype dtype_of_weight = weight_dtype(scoring->weight);
-    dots = select_dot_products(dtype, dtype_of_weight, static_cast<int>(scoring->weight.size(0)), !scoring->output);
+    dots = select_dot_products(dtype, dtype_of_weight, static_cast<int>(scoring->outputs), !scoring->output);
     weight = data<char>(scoring->weight) + scoring->first_feature * weight_bytes(dtype_of_weight);
     weight_stride = scoring->weight.size(1);
   }
@@ -130,7 +131,7 @@ Tensor normalise(
   };
 
   // A value costs a product for its square, two to normalise it, and one for every output.
-  const int64_t products = rows * width * (3 + (scoring != nullptr ? scoring->weight.size(0) : 0));
+  const int64_t products = rows * width * (3 + (scoring != nullptr ? scoring->outputs : 0));
   const int64_t tasks = ceil_div(rows, TASK_ROWS);
   run_tasks(tasks, worthwhile_threads(products, tasks), TASK_ROWS * chunks * chunk_floats(true), run);
   return output;
@@ -178,6 +179,7 @@ Tensor rms_norm_score(
   const StateUpdate update(bias, slots, sums, token_count, gate_reward);
   const Scoring scoring{
       weight,
+      weight.size(0),
       first_feature,
       score_output,
       data<int64_t>(slots),

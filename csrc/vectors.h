@@ -33,8 +33,9 @@ ALWAYS_INLINE void prefetch(const void* address) {
     __builtin_prefetch(static_cast<const char*>(address) + line, /*rw=*/0, /*locality=*/2);
 }
 
-// A `Vector` holds STEP columns as Values, in an order that may depend on the dtype of the hidden states: whatever meets
-// them is loaded and stored with that dtype as the first template argument. `load_sums` and `store_sums` keep the order.
+// A `Vector` holds STEP columns as Values, in an order that may depend on the dtype of the hidden states: whatever
+// meets them is loaded and stored with that dtype as the first template argument. `load_sums` and `store_sums` keep the
+// order.
 
 namespace portable {
 #define TARGET

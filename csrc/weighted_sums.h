@@ -22,7 +22,8 @@ struct WeightedSums {
 // Floats of scratch that a task needs.
 int64_t weighted_sums_scratch(int64_t outputs, int64_t columns);
 
-// `next` is what the same thread works on afterwards, whose first rows `task` prefetches; `scratch` is the thread's own.
+// `next` is what the same thread works on afterwards, whose first rows `task` prefetches; `scratch` is the thread's
+// own.
 using WeightedSumsFn = void (*)(const WeightedSums& task, const WeightedSums& next, float* scratch);
 
 // The implementation for this machine.

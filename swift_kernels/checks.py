@@ -176,6 +176,29 @@ def check_pool(logits: Tensor, cu_seqlens: Tensor, gated: bool) -> None:
     _check_device(logits, "logits", cu_seqlens=cu_seqlens)
 
 
+def check_pool_backward(grad_scores: Tensor, scores: Tensor, gate_reward: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises on metadata that `pool_backward` cannot take."""
+    if (
+        gate_reward.dtype != torch.float32
+        or gate_reward.dim() != 3
+        or gate_reward.shape[2] != 2
+        or not gate_reward.is_contiguous()
+    ):
+        raise ValueError(
+            f"gate_reward is {gate_reward.dtype} of shape {list(gate_reward.shape)}: expected contiguous float32 "
+            "[tokens, heads, 2]"
+        )
+    check_cu_seqlens_metadata(cu_seqlens)
+    sequences, heads = cu_seqlens.shape[0] - 1, gate_reward.shape[1]
+    for name, tensor in (("grad_scores", grad_scores), ("scores", scores)):
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != (sequences, heads) or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {list(tensor.shape)}: expected contiguous float32 "
+                f"[{sequences}, {heads}]"
+            )
+    _check_device(gate_reward, "gate_reward", grad_scores=grad_scores, scores=scores, cu_seqlens=cu_seqlens)
+
+
 def check_cu_seqlens_metadata(cu_seqlens: Tensor) -> None:
     """Raises unless `cu_seqlens` is int32 or int64 `[sequences + 1]`."""
     if (

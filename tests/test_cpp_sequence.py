@@ -403,6 +403,10 @@ def test_pool_backward_names_what_does_not_fit(bad: dict[str, Tensor], message: 
     with pytest.raises(ValueError, match="expected") as raised:
         ops.pool_backward(*arguments.values(), True)
     assert str(raised.value).startswith(message)
+    with pytest.raises(ValueError, match="expected") as expected:
+        checks.check_pool_backward(**arguments)
+        checks.check_cu_seqlens(arguments["cu_seqlens"], 3)
+    assert str(raised.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("op", ["project", "project_backward", "pool", "pool_backward"])
