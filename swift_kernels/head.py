@@ -217,6 +217,30 @@ class SwiftHead(nn.Module):
             gate_reward,
         )
 
+    def warmup(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 1,
+        gate_reward: bool = False,
+    ) -> None:
+        """Compiles what `step` runs: the Triton kernel on CUDA, the C++ library on the CPU. Scores nothing.
+
+        Call it before a step is captured into a CUDA graph: nothing can be compiled in the middle of a capture.
+
+        Args:
+            device: where the steps will be (the head's device unless told otherwise).
+            dtype: of the hidden states.
+            rows: of the step that is tried. Steps of any other number of rows find everything compiled too.
+            gate_reward: compiles also the step that returns gates and rewards.
+        """
+        state = self.init_state(1, device, max_rows=rows)
+        slots = torch.full((rows,), -1, dtype=torch.int64, device=state.device)
+        hidden_states = [torch.zeros(rows, width, dtype=dtype, device=state.device) for width in self.config.widths]
+        self.step(hidden_states, state, slots)
+        if gate_reward:
+            self.step(hidden_states, state, slots, torch.zeros(rows, 2, device=state.device))
+
     def scores(self, state: ScoreState) -> Tensor:
         """float32 `[slots]` scores so far; NaN where no token was scored."""
         return state.scores()

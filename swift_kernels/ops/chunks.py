@@ -101,3 +101,25 @@ def chunk_constants(widths: Sequence[int]) -> dict[str, Any]:
         "FEATURES": features,
         "CHUNKS": chunks,
     }
+
+
+def aligned_entries(hidden_states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The entries as 16-byte loads can have them, where their widths allow those.
+
+    No model lays its hidden states out otherwise. Narrower loads would add a row up in another order, and its score
+    depend on where it lies: a copy keeps it bitwise the same.
+    """
+    vector = vector_elements(hidden_states)
+    return tuple(
+        entry.clone(memory_format=torch.contiguous_format)
+        if vector > 1 and (entry.data_ptr() % 16 or row_stride(entry) % vector)
+        else entry
+        for entry in hidden_states
+    )
+
+
+def strides_in_vectors(hidden_states: Sequence[Tensor]) -> tuple[int, ...]:
+    """Row strides in units of `vector_elements`, so that Triton knows what divides them: one, where all are equal."""
+    vector = vector_elements(hidden_states)
+    strides = tuple(row_stride(entry) // vector for entry in hidden_states)
+    return strides[:1] if len(set(strides)) == 1 else strides

@@ -1,20 +1,17 @@
 """What compilers make of a Triton kernel, for GPUs that are not here: registers, spills, load widths, memory order.
 
-    python -m tests.aot.audit [--full] [--target sm_90] [--json FILE]
-
+`variants.py` lists the kernels, and `report.py` holds them against their baseline: `python -m tests.aot.audit`.
 Everything comes from the binary (SASS, AMDGCN); PTX only tells which argument a load's address derives from.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +36,7 @@ class Audit:
     local_bytes: int
     shared_bytes: int
     load_bits: dict[str, dict[int, int]] = field(default_factory=dict)
-    """For each argument: how many loads of each width have an address that derives from it. CUDA only."""
+    """For each argument: how many loads of each width have an address that derives from it; for "all" on AMD."""
     wide_loads: tuple[int, int] = (0, 0)
     """128-bit global loads in PTX and in SASS: ptxas has split none where they agree. CUDA only."""
     order_faults: list[str] = field(default_factory=list)
@@ -193,6 +190,7 @@ def _audit_amdgcn(text: str, target: str) -> Audit:
     def metadata(name: str) -> int:
         return int(re.search(rf"^\s*\.{name}:\s*(\d+)", text, re.MULTILINE)[1])  # type: ignore[index]
 
+    loads = re.findall(r"^\s+(?:global|buffer)_load_(\w+)", text, re.MULTILINE)
     opcodes = re.findall(
         r"^\s+(global_store|global_atomic|s_barrier|buffer_wbl2|buffer_inv|s_waitcnt [^\n;]*vmcnt\(0\))",
         text,
@@ -221,52 +219,23 @@ def _audit_amdgcn(text: str, target: str) -> Audit:
         spills=metadata("vgpr_spill_count"),
         local_bytes=metadata("private_segment_fixed_size"),
         shared_bytes=metadata("group_segment_fixed_size"),
+        load_bits={"all": dict(Counter(map(_bits_of, loads)))},
         order_faults=faults,
     )
+
+
+def _bits_of(load: str) -> int:
+    """Of a load as AMD names it: "dwordx4", "ushort", "short_d16_hi"."""
+    if words := re.match(r"dword(?:x(\d))?$", load):
+        return 32 * int(words[1] or 1)
+    return 8 if "byte" in load else 16
 
 
 def _is_type(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"(\*?(fp|bf|i|u)\d+)(:\d+)?", value) is not None
 
 
-def main() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from swift_kernels.ops.score_step import _score_step_kernel
-    from tests.aot.variants import FULL, SMALL, score_step_arguments, score_step_options
-
-    parser = argparse.ArgumentParser(description="Audits the compiled score_step kernel for GPUs that are not here.")
-    parser.add_argument("--full", action="store_true", help="every variant on every target, instead of a few")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all of them")
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
-    options = parser.parse_args()
-
-    table = Table("variant", "target", "registers", "spills", "local", "shared", "hidden-state loads", "memory order")
-    results = []
-    for variant in FULL if options.full else SMALL:
-        for target in options.target or TARGETS:
-            arguments = score_step_arguments(variant, target)
-            report = audit(_score_step_kernel, arguments, target, **score_step_options(target))
-            loads = report.load_bits.get("hidden_states", {})
-            table.add_row(
-                str(variant),
-                target,
-                str(report.registers),
-                str(report.spills),
-                str(report.local_bytes),
-                str(report.shared_bytes),
-                ", ".join(f"{count} x {bits} bits" for bits, count in sorted(loads.items())) or "-",
-                "; ".join(report.order_faults) or "in order",
-            )
-            results.append({"variant": str(variant), **asdict(report)})
-    Console(width=150).print(table)
-    if options.json:
-        payload = {"triton": triton.__version__, "kernels": results}
-        options.json.write_text(json.dumps(payload, indent=1) + "\n")
-    if any(result["spills"] or result["local_bytes"] or result["order_faults"] for result in results):
-        raise SystemExit(1)
-
-
 if __name__ == "__main__":
+    from tests.aot.report import main
+
     main()

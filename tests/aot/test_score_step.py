@@ -9,10 +9,9 @@ pytest.importorskip("triton")
 import triton.knobs
 
 from swift_kernels.ops.chunks import TILES
-from swift_kernels.ops.score_step import _score_step_kernel
 from tests.aot import broken
 from tests.aot.audit import TARGETS, Audit, audit, order_faults
-from tests.aot.variants import SMALL, Variant, score_step_arguments, score_step_options
+from tests.aot.variants_score_step import SMALL, Variant, build
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
@@ -21,7 +20,8 @@ CUDA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
 
 
 def audit_score_step(variant: Variant, target: str) -> Audit:
-    return audit(_score_step_kernel, score_step_arguments(variant, target), target, **score_step_options(target))
+    what = build(variant, target)
+    return audit(what.kernel, what.arguments, target, **what.options)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -49,12 +49,11 @@ def test_two_programs_fit_a_multiprocessor_of_an_h200():
 
 def test_odd_widths_compile_alike_whatever_the_alignment():
     """Else the order of additions, and the last bits of a score, would follow the alignment of a batch's tensors."""
-    variant = Variant((1021,) * 2)
-    aligned = score_step_arguments(variant, "sm_90")
-    unaligned = {**aligned, "hidden_states": ("*bf16",) * 2, "weight_ptr": "*fp32"}
+    what = build(Variant((1021,) * 2), "sm_90")
+    unaligned = {**what.arguments, "hidden_states": ("*bf16",) * 2, "weight_ptr": "*fp32"}
     reports = [
-        audit(_score_step_kernel, {**arguments, "row_strides": (stride,)}, "sm_90", **score_step_options("sm_90"))
-        for arguments, stride in ((aligned, "i32:16"), (unaligned, "i32"))
+        audit(what.kernel, {**arguments, "row_strides": (stride,)}, "sm_90", **what.options)
+        for arguments, stride in ((what.arguments, "i32:16"), (unaligned, "i32"))
     ]
     assert reports[0].load_bits == reports[1].load_bits
     assert set(reports[0].load_bits["hidden_states"]) == {16}
@@ -100,8 +99,8 @@ def test_every_link_of_the_chain_is_needed(missing):
 
 
 def test_the_audit_finds_wavefronts_that_do_not_wait():
-    arguments = {**score_step_arguments(SMALL[0], "gfx942"), "RELEASE_EACH_WARP": False}
-    report = audit(_score_step_kernel, arguments, "gfx942", **score_step_options("gfx942"))
+    what = build(SMALL[0], "gfx942")
+    report = audit(what.kernel, {**what.arguments, "RELEASE_EACH_WARP": False}, "gfx942", **what.options)
     assert report.order_faults == ["wavefronts do not wait for their stores before the barrier"]
 
 

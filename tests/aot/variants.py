@@ -1,93 +1,41 @@
-"""The builds of `score_step` that are looked at, described through the launcher's own plan."""
+"""The kernels that the audit looks at, and how a kernel joins them.
+
+A kernel joins with a line in `KERNELS` and the module it names, which has
+
+- `SMALL` and `FULL`, lists of variants: of what is compiled differently, such as widths, dtypes or a missing output. A
+  variant is anything that can be pickled and whose `str` tells it from the others. `make audit` compiles SMALL, a
+  representative few, and `python -m tests.aot.audit --full` FULL;
+- `build(variant, target)`, the `Build` of a variant on one of `audit.TARGETS`.
+
+Then `python -m tests.aot.audit --update` notes the figures of its SMALL variants in `baseline.json`.
+"""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from swift_kernels.ops.score_step import _make_plan, _score_step_kernel
-from tests.aot.audit import TARGETS
+KERNELS = {
+    "score_step": "tests.aot.variants_score_step",
+}
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
-class Variant:
-    widths: tuple[int, ...]
-    dtype: torch.dtype = torch.bfloat16
-    weight_dtype: torch.dtype = torch.float32
-    gated: bool = True
-    gate_reward: bool = False
-    padding: int = 0
-    """Elements between the rows: row stride minus width."""
+class Build:
+    kernel: Any
+    """A `triton.jit` function."""
+    arguments: dict[str, Any]
+    """For each of its parameters in order a type, such as "*bf16:16" or "i32", or the value of a constant: what
+    `audit.compile_kernel` takes. A launch has to specialise the same way, or another build is looked at than runs."""
+    options: dict[str, Any]
+    """What it is launched with: `num_warps`, `enable_fp_fusion`."""
+    counts_arrivals: bool = False
+    """Whether the last program to arrive reads what others stored: then the memory order is checked."""
 
-    def __str__(self) -> str:
-        widths = (
-            f"{len(self.widths)}x{self.widths[0]}" if len(set(self.widths)) == 1 else "+".join(map(str, self.widths))
-        )
-        parts = [widths, TYPES[self.dtype], "W " + TYPES[self.weight_dtype]]
-        parts += ["gated" if self.gated else "no gate"] + ["gate_reward"] * self.gate_reward
-        parts += [f"stride +{self.padding}"] * bool(self.padding)
-        return ", ".join(parts)
-
-
-SMALL = [
-    Variant((4096,) * 33),
-    Variant((4096,) * 33, weight_dtype=torch.bfloat16, gate_reward=True),
-    Variant((576,) * 31),
-    Variant((2560, 2304), gated=False, padding=8),
-    Variant((4096,) * 2, dtype=torch.float32),
-    Variant((1021,) * 2, dtype=torch.float16),
-    Variant((128256,)),
-]
-
-_WIDTHS = [
-    (4096,) * 33,
-    (576,) * 31,
-    (2560,) * 34,
-    (2304,) * 27,
-    (8192,) * 81,
-    (4096, 2560, 576),
-    (128256,),
-    (1021,) * 3,
-]
-FULL = [
-    Variant(widths, dtype, weight_dtype, gated, gate_reward, padding)
-    for widths, dtype, weight_dtype, (gated, gate_reward), padding in itertools.product(
-        _WIDTHS, TYPES, (torch.float32, torch.bfloat16), ((True, False), (True, True), (False, False)), (0, 8)
-    )
-]
-
-
-def score_step_arguments(variant: Variant, target: str) -> dict[str, Any]:
-    hidden_states = [
-        torch.empty(2, width + variant.padding, dtype=variant.dtype, device="meta")[:, :width]
-        for width in variant.widths
-    ]
-    outputs = 2 if variant.gated else 1
-    plan = _make_plan(hidden_states, torch.empty(outputs, sum(variant.widths), device="meta"))
-    weight = "*" + TYPES[variant.weight_dtype]
-    arguments = {
-        "hidden_states": (f"*{TYPES[variant.dtype]}:16",) * len(variant.widths),
-        "row_strides": tuple(f"i32{':16' if stride % 16 == 0 else ''}" for stride in plan.row_strides),
-        "weight_ptr": weight + ":16",
-        "bias_ptr": weight,
-        "slots_ptr": "*i64",
-        "sums_ptr": "*fp32",
-        "token_count_ptr": "*i32",
-        "partials_ptr": "*fp32:16",
-        "arrivals_ptr": "*i32",
-        "gate_reward_ptr": "*fp32" if variant.gate_reward else None,
-        "rows": "i32",
-        **plan.constants,
-        "RELEASE_EACH_WARP": TARGETS[target].backend == "hip",
-    }
-    assert list(arguments) == _score_step_kernel.arg_names
-    return arguments
-
-
-def score_step_options(target: str) -> dict[str, Any]:
-    return {"num_warps": 4 if TARGETS[target].backend == "hip" else 8, "enable_fp_fusion": True}
+    def __post_init__(self) -> None:
+        if list(self.arguments) != self.kernel.arg_names:
+            raise ValueError(f"arguments are {list(self.arguments)}: expected those of {self.kernel.arg_names}")
