@@ -201,6 +201,8 @@ def check_pool_backward(grad_scores: Tensor, scores: Tensor, gate_reward: Tensor
 
 def check_cu_seqlens_metadata(cu_seqlens: Tensor) -> None:
     """Raises unless `cu_seqlens` is int32 or int64 `[sequences + 1]`."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}: expected a tensor of int32 or int64")
     if (
         cu_seqlens.dtype not in (torch.int32, torch.int64)
         or cu_seqlens.dim() != 1

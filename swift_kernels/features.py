@@ -183,11 +183,16 @@ def _trace(model: Any) -> ModelLayout:
     decoder, layers = _find_layers(model)
     name = type(model).__name__
     inputs: dict[int, Tensor] = {}
+    entered: dict[int, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+
+    def enter_layer(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[index] = layer_input(args, kwargs)
+        entered[index] = inputs[index].clone()
+
     handles = [
         layer.register_forward_pre_hook(
-            lambda _module, args, kwargs, index=index: inputs.__setitem__(index, layer_input(args, kwargs)),
-            with_kwargs=True,
+            lambda _module, args, kwargs, index=index: enter_layer(index, args, kwargs), with_kwargs=True
         )
         for index, layer in enumerate(layers)
     ]
@@ -214,7 +219,11 @@ def _trace(model: Any) -> ModelLayout:
         raise UnsupportedModelError(
             f"{name} did not run the hooks of its layers: attach before compiling the model, or reload it"
         )
-    readable = [_identical(inputs[index], states[index]) for index in range(len(layers))]
+    # A layer that adds to its input in place leaves another value behind than it took.
+    readable = [
+        _identical(inputs[index], states[index]) and torch.equal(inputs[index], entered[index])
+        for index in range(len(layers))
+    ]
     last = next((place for place in ("decoder", "layer") if _identical(outputs.get(place), states[-1])), None)
     return ModelLayout(
         decoder=decoder,

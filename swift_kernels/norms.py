@@ -6,7 +6,7 @@ The norm that begins layer l takes the layer's input, `hidden_states[l]`; the no
 
 from __future__ import annotations
 
-import weakref
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,30 +42,18 @@ class FusableNorm:
         return next(self.module.parameters()).detach()
 
 
-_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, torch.dtype], list[FusableNorm | str]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def find_norms(model: Any) -> list[FusableNorm | str]:
     """For each entry 0..L of `hidden_states`, the norm that can score it, or the reason why none can.
 
-    Runs one short forward, which leaves the model as it was, and each candidate on a few random rows. The result is
-    remembered for as long as the model lives.
+    Runs one short forward, which leaves the model as it was, and each candidate on a few random rows: afresh each time,
+    as modules, weights and dtypes may have changed.
     """
     layout = features.model_layout(model)
-    # In float32 nothing tells when a norm rounds: a model that was converted since is probed again.
-    key = (layout, next(model.parameters()).dtype)
-    known = _FOUND.get(model)
-    if known is None or known[0] != key:
-        known = _FOUND[model] = (key, _trace(model, layout))
-    return known[1]
-
-
-def _trace(model: Any, layout: features.ModelLayout) -> list[FusableNorm | str]:
     last = layout.num_hidden_layers
     takers: dict[int, list[nn.Module]] = {index: [] for index in range(last)}
     makers: list[tuple[nn.Module, Tensor]] = []
+    calls: Counter[nn.Module] = Counter()
+    dtypes: dict[nn.Module, torch.dtype] = {}
     current: list[tuple[int, Tensor]] = []
     final: list[Tensor] = []
 
@@ -73,6 +61,9 @@ def _trace(model: Any, layout: features.ModelLayout) -> list[FusableNorm | str]:
         current[:] = [(index, features.layer_input(args, kwargs))]
 
     def enter_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[module] += 1
+        if args and isinstance(args[0], Tensor):
+            dtypes[module] = args[0].dtype
         if current and len(args) == 1 and not kwargs and args[0] is current[0][1]:
             takers[current[0][0]].append(module)
 
@@ -81,21 +72,16 @@ def _trace(model: Any, layout: features.ModelLayout) -> list[FusableNorm | str]:
             makers.append((module, output))
 
     handles = []
-    inside = {id(module) for layer in layout.layers for module in layer.modules()}
+    inner = {module: None for layer in layout.layers for module in layer.modules() if module is not layer}
+    outer = [module for module in layout.decoder.modules() if module not in inner]
     for index, layer in enumerate(layout.layers):
         handles.append(
             layer.register_forward_pre_hook(
                 lambda _module, args, kwargs, index=index: enter_layer(index, args, kwargs), with_kwargs=True
             )
         )
-        handles += [
-            module.register_forward_pre_hook(enter_module, with_kwargs=True)
-            for module in layer.modules()
-            if module is not layer
-        ]
-    handles += [
-        module.register_forward_hook(leave_module) for module in layout.decoder.modules() if id(module) not in inside
-    ]
+    handles += [module.register_forward_pre_hook(enter_module, with_kwargs=True) for module in (*inner, *outer)]
+    handles += [module.register_forward_hook(leave_module) for module in outer]
     handles.append(
         layout.decoder.register_forward_hook(
             lambda _module, _args, output: final.append(features.last_hidden_state(output))
@@ -112,22 +98,32 @@ def _trace(model: Any, layout: features.ModelLayout) -> list[FusableNorm | str]:
         if not layout.readable[index]:
             found.append(f"hidden_states[{index}] is not the input of its layer")
         else:
-            found.append(_first_norm(takers[index], f"layer {index}'s input", scores_output=False))
+            found.append(_first_norm(takers[index], calls, dtypes, f"layer {index}'s input", scores_output=False))
     if layout.last != "decoder":
         found.append(f"hidden_states[{last}] is not what the model returns")
     else:
         candidates = [module for module, output in makers if output is final[0]]
-        found.append(_first_norm(candidates, "the model's last hidden state", scores_output=True))
+        found.append(_first_norm(candidates, calls, dtypes, "the model's last hidden state", scores_output=True))
     return found
 
 
-def _first_norm(candidates: list[nn.Module], what: str, scores_output: bool) -> FusableNorm | str:
+def _first_norm(
+    candidates: list[nn.Module],
+    calls: Counter[nn.Module],
+    dtypes: dict[nn.Module, torch.dtype],
+    what: str,
+    scores_output: bool,
+) -> FusableNorm | str:
     verb = "returns" if scores_output else "takes"
     if not candidates:
         return f"no module {verb} {what} as it is"
     reasons = []
     for module in candidates:
-        norm = _identify(module, scores_output)
+        norm = (
+            _identify(module, dtypes[module], scores_output)
+            if calls[module] == 1
+            else f"it runs {calls[module]} times in a forward"
+        )
         if isinstance(norm, FusableNorm):
             return norm
         reasons.append(f"{type(module).__name__} {verb} {what}, but {norm}")
@@ -135,14 +131,14 @@ def _first_norm(candidates: list[nn.Module], what: str, scores_output: bool) -> 
 
 
 @torch.no_grad()
-def _identify(module: nn.Module, scores_output: bool) -> FusableNorm | str:
+def _identify(module: nn.Module, dtype: torch.dtype, scores_output: bool) -> FusableNorm | str:
     """Which RMSNorm the module computes, found by comparing it with the reference on random rows."""
     parameters = dict(module.named_parameters())
     if len(parameters) != 1 or next(iter(parameters.values())).dim() != 1:
         return "it does not have one vector as its only parameter, as an RMSNorm has"
     [(name, parameter)] = parameters.items()
-    if parameter.dtype not in HIDDEN_STATE_DTYPES:
-        return f"its weight is {parameter.dtype}"
+    if parameter.dtype not in HIDDEN_STATE_DTYPES or parameter.dtype != dtype:
+        return f"its weight is {parameter.dtype}, what it takes {dtype}"
     # Small rows tell one epsilon from another; random weights tell how it rounds, which weights of one would not.
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(PROBE_ROWS, parameter.shape[0], generator=generator)
@@ -155,7 +151,7 @@ def _identify(module: nn.Module, scores_output: bool) -> FusableNorm | str:
     output = output[:, 0]
     floats = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 0.1]
     best: tuple[int, FusableNorm] | None = None
-    for eps in dict.fromkeys([*floats, torch.finfo(weight.dtype).eps]):
+    for eps in dict.fromkeys([*floats, torch.finfo(torch.float32).eps, torch.finfo(weight.dtype).eps]):
         for unit_offset, round_first in _KINDS:
             expected = reference.rms_norm(rows, weight, eps, unit_offset, round_first)
             # A norm that adds up in another order differs in the last bit of the reciprocal root, and then by one

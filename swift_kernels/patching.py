@@ -1,4 +1,4 @@
-"""Reversible changes to one module, which no other module, and no copy of it, takes part in."""
+"""Reversible changes to one module, which no other module, and no deep copy of it, takes part in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def patch(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callable
     """Replaces the method `name` of this instance by `wrapper(original, *args, **kwargs)`; returns what restores it.
 
     Unlike a hook, a method of its own fails the guards of torch.compile: what was compiled before is traced again.
-    A copy of the module runs the original method on itself.
+    A deep copy of the module runs the original method on itself.
     """
     original = getattr(module, name)
     before = module.__dict__.get(name, _MISSING)

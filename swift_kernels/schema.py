@@ -219,7 +219,8 @@ def _reference_rms_norm_score(hidden_states: Tensor, norm_weight: Tensor, *args:
 
 def _reference_project(hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     check_project(hidden_states, weight, bias)
-    return reference.project(hidden_states, weight, bias)
+    with torch.autocast(weight.device.type, enabled=False):
+        return reference.project(hidden_states, weight, bias)
 
 
 def _reference_project_backward(hidden_states: Sequence[Tensor], grad_logits: Tensor) -> Tensor:
@@ -345,6 +346,14 @@ for _op, _fake in _FAKES.items():
     torch.library.register_fake(f"swift_kernels::{_op}", _fake, lib=_LIBRARY)
 
 
+def _refuse_double_backward(op: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"swift_kernels::{op} has no second derivative: call backward without create_graph=True, or use "
+            "swift_kernels.reference"
+        )
+
+
 def _save_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     hidden_states, weight, _ = inputs
     ctx.save_for_backward(weight, *hidden_states)
@@ -352,6 +361,7 @@ def _save_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _project_gradients(ctx: Any, grad: Tensor) -> tuple[Any, Tensor | None, Tensor | None]:
     """For the weight a second read of the hidden states; for hidden states that ask for it, what PyTorch makes."""
+    _refuse_double_backward("project")
     weight, *hidden_states = ctx.saved_tensors
     grad = grad.contiguous()
     grad_entries: list[Tensor | None] = [None] * len(hidden_states)
@@ -359,7 +369,8 @@ def _project_gradients(ctx: Any, grad: Tensor) -> tuple[Any, Tensor | None, Tens
     for index, entry in enumerate(hidden_states):
         if entry.requires_grad:
             columns = weight[:, offset : offset + entry.shape[1]].float()
-            grad_entries[index] = (grad @ columns).to(entry.dtype)
+            with torch.autocast(grad.device.type, enabled=False):
+                grad_entries[index] = (grad @ columns).to(entry.dtype)
         offset += entry.shape[1]
     grad_weight = grad_bias = None
     if ctx.needs_input_grad[1]:
@@ -378,6 +389,7 @@ def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _pool_gradients(
     ctx: Any, grad_scores: Tensor | None, grad_gate_reward: Tensor | None
 ) -> tuple[Tensor | None, None, None]:
+    _refuse_double_backward("pool")
     cu_seqlens, scores, gate_reward = ctx.saved_tensors
     grad = None
     if grad_scores is not None:

@@ -135,12 +135,21 @@ def test_configs_that_make_no_sense(fields, message):
         ([4, 4], [0, 3, 2, 5], r"cu_seqlens\[2\] is 2, after 3"),
         ([4, 4], [0, 4], "ends at 4: expected 5"),
         ([4, 4], [0.0, 5.0], "expected contiguous int32 or int64"),
+        ([4, 4], [[0, 5]], "expected contiguous int32 or int64"),
     ],
-    ids=["width", "entries", "start", "falling", "end", "float"],
+    ids=["width", "entries", "start", "falling", "end", "float", "2d"],
 )
 def test_forward_names_what_is_wrong(widths, cu_seqlens, message):
     with pytest.raises(ValueError, match=message):
         SwiftHead([4, 4])([torch.randn(5, width) for width in widths], torch.tensor(cu_seqlens))
+
+
+def test_a_second_derivative_is_a_clear_error():
+    head = SwiftHead([8])
+    entry = torch.randn(5, 8, requires_grad=True)
+    scores = head([entry], torch.tensor([0, 5]))
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(scores.sum(), entry, create_graph=True)
 
 
 @pytest.mark.parametrize("gate", [True, False], ids=["gate", "mean"])

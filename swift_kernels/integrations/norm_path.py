@@ -38,15 +38,13 @@ class NormPath:
         self,
         model: Any,
         head: SwiftHead,
-        scoring: Callable[[Tensor], bool],
-        buffers: Callable[[], Buffers],
+        buffers: Callable[[], Buffers | None],
         closed: Callable[[], None],
     ) -> None:
         """Finds the norms.
 
         Args:
-            scoring: whether a forward with this norm input is scored here.
-            buffers: what it is scored into.
+            buffers: what a forward is scored into; None for one that is not scored inside norms.
             closed: called when a step has been scored.
 
         Raises:
@@ -72,9 +70,13 @@ class NormPath:
         if self.reason is None and len(selected) != len(self._scored):
             self.reason = "one norm module serves several entries"
         self._head = head
-        self._scoring, self._buffers, self._closed = scoring, buffers, closed
-        self._next_entry = 0
+        self._buffers, self._closed = buffers, closed
+        self._layout = features.model_layout(model)
+        self._dtype = self._scored[0].weight.dtype if self._scored else None
+        self._inside = self._decided = self._left_layers = False
+        self._step: Buffers | None = None
         self._expected: Tensor | None = None
+        self._next_entry = 0
 
     def describe(self) -> str:
         plain = f" and {len(self._plain)} normalise" if self._plain else ""
@@ -90,10 +92,32 @@ class NormPath:
                 patches.callback(patch(norm.module, "forward", scored))
             for norm in self._plain:
                 patches.callback(patch(norm.module, "forward", functools.partial(self._normalise, norm)))
+            patches.callback(patch(self._layout.layers[-1], "forward", self._run_last_layer))
+            patches.callback(patch(self._layout.decoder, "forward", self._run_decoder))
         return patches
 
+    def scores(self, entry: Tensor) -> bool:
+        """Whether the forward that these `[batch, tokens, width]` hidden states belong to is scored inside the norms.
+
+        Decided once for each forward of the decoder, by the first that asks: never under torch.compile, with gradients,
+        or in another dtype than the norms were probed in.
+        """
+        if not self._inside or torch.compiler.is_compiling():
+            return False
+        if not self._decided:
+            self._decided = True
+            if (
+                entry.dim() == 3
+                and entry.shape[1] == 1
+                and entry.dtype == self._dtype
+                and not torch.is_grad_enabled()
+                and not any(layer._compiled_call_impl is not None for layer in self._layout.layers)
+            ):
+                self._step = self._buffers()
+        return self._step is not None
+
     def expect(self, k: int, entry: Tensor) -> None:
-        """Told by the model's hooks of entry k of a step as it appears.
+        """Told of entry k of a step as the model comes to it.
 
         Raises:
             NotScoredError: the norm that scores it saw another tensor.
@@ -106,8 +130,10 @@ class NormPath:
                 self._fail(k, "what its norm returned is not what the model returned")
 
     def reset(self) -> None:
-        """Forgets a step that was broken off."""
-        self._next_entry, self._expected = 0, None
+        """Forgets the forward of the decoder that ended or was broken off."""
+        self._inside = self._decided = self._left_layers = False
+        self._step = self._expected = None
+        self._next_entry = 0
 
     def warmup(self, hidden_states: Sequence[Tensor], state: ScoreState, slots: Tensor, trace: Tensor | None) -> None:
         """Runs every fused norm once, on rows that are skipped: compiles what a step will need."""
@@ -150,26 +176,44 @@ class NormPath:
             gate_reward,
         )
 
+    def _run_decoder(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return stock(*args, **kwargs)
+        self.reset()
+        self._inside = True
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            self.reset()
+
+    def _run_last_layer(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = stock(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._left_layers = True
+        return output
+
     def _score(
         self, norm: FusableNorm, k: int, first_feature: int, stock: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if kwargs or len(args) != 1 or not self._scoring(args[0]):
+        if kwargs or len(args) != 1 or not self.scores(args[0]) or k < self._next_entry:
+            return stock(*args, **kwargs)
+        if norm.scores_output and not self._left_layers:  # as of an early exit, which looks at a layer's output
             return stock(*args, **kwargs)
         hidden_states = args[0]
         if k != self._next_entry:
             self._fail(k, f"entry {self._next_entry} was to come next")
         if not norm.scores_output and hidden_states is not self._expected:
             self._fail(k, "its norm does not take what the layer was called with")
-        output = self._call(norm, k, first_feature, hidden_states[:, 0], *self._buffers())[:, None]
+        assert self._step is not None
+        output = self._call(norm, k, first_feature, hidden_states[:, 0], *self._step)[:, None]
         self._expected = output if norm.scores_output else None
-        last = k == len(self._scored) - 1
-        self._next_entry = 0 if last else k + 1
-        if last:
+        self._next_entry = k + 1
+        if self._next_entry == len(self._scored):
             self._closed()
         return output
 
     def _normalise(self, norm: FusableNorm, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 1 or not self._scoring(args[0]):
+        if kwargs or len(args) != 1 or not self.scores(args[0]):
             return stock(*args, **kwargs)
         rows = args[0][:, 0]
         return schema.rms_norm(rows, norm.weight, norm.eps, norm.unit_offset, norm.round_first)[:, None]
@@ -180,10 +224,3 @@ class NormPath:
             f"entry {k} cannot be scored inside its {type(self._scored[k].module).__name__}: {what}; attach with "
             'fuse="gather"'
         )
-
-
-def in_eager_step(entry: Tensor) -> bool:
-    """Whether a forward of these `[batch, tokens, width]` hidden states is one that fused norms serve."""
-    return (
-        entry.dim() == 3 and entry.shape[1] == 1 and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-    )

@@ -11,6 +11,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from swift_kernels.integrations.generation import (
     check_generation,
     refuse_continuous_batching,
 )
-from swift_kernels.integrations.norm_path import NormPath, in_eager_step
+from swift_kernels.integrations.norm_path import Buffers, NormPath
 from swift_kernels.integrations.teacher_forcing import forward_packed, score_texts
 from swift_kernels.patching import patch, set_aside
 from swift_kernels.state import ScoreState
@@ -84,43 +85,51 @@ class Scorer:
         self._slots: Tensor | None = None
         self._own_slots: Tensor | None = None
         self._gate_reward: Tensor | None = None
-        self._norms = (
-            NormPath(model, self.head, self._in_norm_step, self._buffers, self._step_scored) if fuse == "norm" else None
-        )
+        self._norms = NormPath(model, self.head, self._buffers, self._step_scored) if fuse == "norm" else None
         self._entries: list[Tensor] = []
         self._last_entry = len(head.config.widths) - 1
         self._whole_sequences = False
-        self._active = False
+        self._active = self._generating = False
         self._scored = self._ran_norm = self._ran_gather = False
         self._run: Run | None = None
         self._looping = False
         self._compiled: tuple[Any, Callable[..., Any]] | None = None
-        self._restore: list[Callable[[], None]] = []
+        self._patches: ExitStack | None = None
 
     def __enter__(self) -> Scorer:
-        if self.model in _ATTACHED:
+        layout = features.model_layout(self.model)
+        claimed = {self.model, layout.decoder}
+        if any(module in _ATTACHED for module in claimed):
             raise ValueError(f"{type(self.model).__name__} has a scorer attached already: leave its `with` block first")
-        _ATTACHED.add(self.model)
-        config = self.head.config
-        self._restore.append(lambda: _ATTACHED.discard(self.model))
-        self._restore.append(features.tap(self.model, config.features, config.layers, self._consume).close)
-        if self._norms is not None:
-            self._restore.append(self._norms.patch().close)
-        for name in ("_compiled_call", "_last_compile_config"):
-            self._restore.append(set_aside(self.model, name))
-        self._restore.append(patch(self.model, "generate", self._generate))
-        self._restore.append(patch(self.model, "_get_stopping_criteria", self._get_stopping_criteria))
-        self._restore.append(patch(self.model, "get_compiled_call", self._get_compiled_call))
-        for name in ("generate_batch", "init_continuous_batching"):
-            if hasattr(self.model, name):
-                self._restore.append(patch(self.model, name, refuse_continuous_batching))
+        with ExitStack() as patches:
+            for module in claimed:
+                _ATTACHED.add(module)
+                patches.callback(_ATTACHED.discard, module)
+            config = self.head.config
+            patches.enter_context(features.tap(self.model, config.features, config.layers, self._consume))
+            if self._norms is not None:
+                patches.enter_context(self._norms.patch())
+            for name in ("_compiled_call", "_last_compile_config"):
+                patches.callback(set_aside(self.model, name))
+            replacements: dict[str, Callable[..., Any]] = {
+                "generate": self._generate,
+                "_get_stopping_criteria": self._get_stopping_criteria,
+                "get_compiled_call": self._get_compiled_call,
+            }
+            for name in ("generate_batch", "init_continuous_batching"):
+                if hasattr(self.model, name):
+                    replacements[name] = refuse_continuous_batching
+            for name, replacement in replacements.items():
+                patches.callback(patch(self.model, name, replacement))
+            self._patches = patches.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._restore:
-            self._restore.pop()()
+        if self._patches is not None:
+            self._patches.close()
+            self._patches = None
         self._forget_step()
-        self._active = self._looping = False
+        self._active = False
 
     def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
         """Scores every one-position forward from now on, for a hand-written loop or a captured CUDA graph.
@@ -235,12 +244,15 @@ class Scorer:
         """Receives the selected entries of a forward in turn, and scores the step at the last one."""
         if not self._active:
             return
-        if self._in_norm_step(entry):
-            assert self._norms is not None
+        if self._norms is not None and self._norms.scores(entry):
             self._norms.expect(k, entry)
             return
+        if k == 0 and self._entries:  # of a forward that was broken off
+            self._entries = []
         if entry.shape[1] == 1:
-            self._entries.append(entry[:, 0])
+            # Of `entry[:, 0]` Inductor learns too late that the state is needed, and computes it a second time.
+            rows, _, width = entry.shape
+            self._entries.append(entry.as_strided((rows, width), (entry.stride(0), entry.stride(2))))
         elif self._whole_sequences:
             # Without a cache every forward feeds the whole sequence: a copy, so that the rest can be freed.
             self._entries.append(entry[:, -1].clone())
@@ -253,14 +265,10 @@ class Scorer:
             self.head.step(entries, self._state, self._slots, self._gate_reward)
             self._scored = self._ran_gather = True
 
-    def _in_norm_step(self, entry: Tensor) -> bool:
-        """Whether this forward is scored inside the model's norms; all of its entries give the same answer."""
-        norms = self._norms
-        if norms is None or norms.reason is not None or not self._active or self._whole_sequences:
-            return False
-        return in_eager_step(entry)
-
-    def _buffers(self) -> tuple[ScoreState, Tensor, Tensor | None]:
+    def _buffers(self) -> Buffers | None:
+        """What an eager forward is scored into inside the norms; None where it is not scored, or gathered."""
+        if not self._active or self._whole_sequences:
+            return None
         assert self._state is not None
         assert self._slots is not None
         return self._state, self._slots, self._gate_reward
@@ -275,6 +283,11 @@ class Scorer:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._check_call(original, args, kwargs)
+        if self._generating:
+            raise RuntimeError(
+                f"{type(self.model).__name__} is generating already, in another thread: a scorer follows one generate"
+            )
+        self._generating = True
         self._active = self._looping = False
         self._run = None
         feed = _FeedLast(self) if self.head.config.span == "all" else None
@@ -290,7 +303,7 @@ class Scorer:
             if feed is not None:
                 feed.remove()
             self._forget_step()
-            self._active = False
+            self._active = self._generating = False
 
     def _check_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuses what never reaches `_get_stopping_criteria`: other decoding loops and engines."""
@@ -393,7 +406,7 @@ class Scorer:
                 torch._dynamo.mark_static_address(buffer)
 
     def _check_inside(self) -> None:
-        if not self._restore:
+        if self._patches is None:
             raise RuntimeError("the scorer is not attached: use it inside `with attach(model, head) as scorer:`")
 
     def _finished_run(self) -> Run:

@@ -316,6 +316,21 @@ def test_a_forward_that_was_not_scored_is_a_loud_error(prompts):
             scorer.scores()
 
 
+def test_two_models_over_one_decoder_are_not_attached_at_once(model, head):
+    twin = copy.copy(model)
+    twin.__dict__["_modules"] = dict(model._modules)
+    with attach(model, head), pytest.raises(ValueError, match="attached already"), attach(twin, head):
+        pass
+
+
+def test_scores_of_a_loop_outlive_its_block(model, head):
+    with torch.no_grad(), attach(model, head) as scorer:
+        scorer.begin(torch.arange(2))
+        model(input_ids=torch.full((2, 1), 9), use_cache=False)
+        inside = scorer.scores()
+    assert torch.equal(scorer.scores(), inside)
+
+
 @pytest.mark.parametrize("fuse", ["gather", "norm"])
 def test_a_copy_of_an_attached_model_is_a_stock_model(prompts, fuse):
     model = fresh_model()

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swift_kernels import attach
+from swift_kernels import SwiftHead, attach
 from swift_kernels.integrations.generation import Run
 from tests.architectures import fresh_model
 from tests.integrations.helpers import generate
@@ -193,6 +193,20 @@ def test_the_bookkeeping_of_a_sampled_token_does_not_wait(prompts):
     assert run.ended.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_a_forward_that_is_broken_off_does_not_spoil_the_next(fuse):
+    model = fresh_model()
+    token = torch.full((3, 1), 9)
+    with torch.no_grad(), attach(model, SwiftHead.for_model(model), fuse=fuse) as scorer:
+        scorer.begin(torch.arange(3))
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=token, use_cache=False)
+        handle.remove()
+        model(input_ids=token, use_cache=False)
+    assert scorer.token_counts().tolist() == [1, 1, 1]
+
+
 def test_begin_rejects_other_slots(model, head):
     with attach(model, head) as scorer, pytest.raises(ValueError, match="expected int64"):
         scorer.begin(torch.zeros(3, dtype=torch.int32))
@@ -249,12 +263,12 @@ def test_no_tensor_of_an_earlier_step_stays_alive(model, head, prompts, fuse):
             alive.extend(ref for ref in inputs_of_first_layer if ref() is not None)
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
-    handle = model.model.layers[0].register_forward_pre_hook(note)
-    try:
-        with attach(model, head, fuse=fuse):
+    with attach(model, head, fuse=fuse):
+        handle = model.model.layers[0].register_forward_pre_hook(note)
+        try:
             criteria = transformers.StoppingCriteriaList([Check()])
             generate(model, prompts, stopping_criteria=criteria, eos_token_id=None)
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
     assert len(inputs_of_first_layer) == 16
     assert not alive

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from swift_kernels import SwiftHead, attach, schema
+from swift_kernels import SwiftHead, UnsupportedModelError, attach, schema
 from swift_kernels.integrations.compatibility import eos_token_ids
 from swift_kernels.integrations.transformers import NotScoredError
 from swift_kernels.norms import FusableNorm, find_norms
@@ -249,6 +249,85 @@ def test_a_layer_that_is_left_out_is_an_error(prompts):
         with pytest.raises(NotScoredError, match=r"entry 2 cannot be scored .* entry 1 was to come next"):
             generate(model, prompts)
         layers[1].forward = stock
+
+
+@pytest.mark.parametrize("layers", [[-1], "all"], ids=str)
+def test_other_calls_of_the_final_norm_score_nothing(layers):
+    """A logit lens, outside of a forward and within one."""
+    model = fresh_model()
+    token = torch.full((3, 1), 9)
+    lens = []
+
+    def look(_module, _args, output):
+        lens.append(model.model.norm(output[0] if isinstance(output, tuple) else output))
+
+    with torch.no_grad(), attach(model, SwiftHead.for_model(model, layers), fuse="norm") as scorer:
+        scorer.begin(torch.arange(3))
+        output = model(input_ids=token, use_cache=False, output_hidden_states=True)
+        model.lm_head(model.model.norm(output.hidden_states[1]))
+        handle = model.model.layers[1].register_forward_hook(look)
+        model(input_ids=token, use_cache=False)
+        handle.remove()
+        assert scorer.token_counts().tolist() == [2, 2, 2]
+        assert "ran so far: norm" in scorer.describe()
+    assert len(lens) == 1
+
+
+def test_norms_that_changed_since_are_found_anew():
+    model = fresh_model()
+    head = SwiftHead.for_model(model)
+    token = torch.full((3, 1), 9)
+    with attach(model, head, fuse="norm"):
+        pass
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.05
+    model.model.layers[1].input_layernorm = copy.deepcopy(model.model.layers[1].input_layernorm)
+    with torch.no_grad():
+        stock = model(input_ids=token, use_cache=False).logits
+        with attach(model, head, fuse="norm") as scorer:
+            scorer.begin(torch.arange(3))
+            torch.testing.assert_close(model(input_ids=token, use_cache=False).logits, stock, rtol=1e-5, atol=1e-5)
+            assert scorer.token_counts().tolist() == [1, 1, 1]
+
+
+def test_a_norm_that_runs_twice_is_not_fused(prompts):
+    model = fresh_model()
+    model.model.layers[1].post_attention_layernorm = model.model.layers[1].input_layernorm
+    with attach(model, SwiftHead.for_model(model), fuse="norm") as scorer:
+        generate(model, prompts)
+        assert scorer.scores().isfinite().any()
+    assert "it runs 2 times in a forward" in scorer.describe()
+
+
+def test_a_layer_that_changes_its_input_in_place_cannot_be_read():
+    model = fresh_model()
+    layer = model.model.layers[1]
+    stock = layer.forward
+    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states.add_(
+        stock(hidden_states.clone(), *args, **kwargs)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"does not show hidden_states\[1\]"):
+        attach(model, SwiftHead.for_model(model))
+
+
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_layers_that_are_compiled_one_by_one_gather(fuse):
+    model = fresh_model()
+    head = SwiftHead.for_model(model)
+    token = torch.full((3, 1), 9)
+    results = []
+    with torch.no_grad():
+        for compiled in (False, True):
+            if compiled:
+                for layer in model.model.layers:
+                    layer.compile(backend="eager")
+            with attach(model, head, fuse=fuse) as scorer:
+                scorer.begin(torch.arange(3))
+                model(input_ids=token, use_cache=False)
+                results.append(scorer.scores())
+    assert "gather" in scorer.describe()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_warmup_scores_nothing(model, head, prompts):
