@@ -183,12 +183,12 @@ def _trace(model: Any) -> ModelLayout:
     decoder, layers = _find_layers(model)
     name = type(model).__name__
     inputs: dict[int, Tensor] = {}
-    entered: dict[int, Tensor] = {}
+    versions: dict[int, int] = {}
     outputs: dict[str, Tensor] = {}
 
     def enter_layer(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[index] = layer_input(args, kwargs)
-        entered[index] = inputs[index].clone()
+        versions[index] = inputs[index]._version
 
     handles = [
         layer.register_forward_pre_hook(
@@ -221,7 +221,7 @@ def _trace(model: Any) -> ModelLayout:
         )
     # A layer that adds to its input in place leaves another value behind than it took.
     readable = [
-        _identical(inputs[index], states[index]) and torch.equal(inputs[index], entered[index])
+        _identical(inputs[index], states[index]) and inputs[index]._version == versions[index]
         for index in range(len(layers))
     ]
     last = next((place for place in ("decoder", "layer") if _identical(outputs.get(place), states[-1])), None)
@@ -239,7 +239,8 @@ def run_short_forward(model: Any, **options: Any) -> Any:
     """Three tokens through the model in evaluation mode; mode, hooks and random numbers are afterwards as before."""
     device = model.get_input_embeddings().weight.device
     token_ids = torch.arange(1, 4, device=device).remainder(text_config(model).vocab_size)[None]
-    with _unchanged(model), torch.no_grad(), torch.random.fork_rng():
+    # Tensors made in inference mode would not count their changes.
+    with _unchanged(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         return model(input_ids=token_ids, use_cache=False, return_dict=True, **options)
 
 
