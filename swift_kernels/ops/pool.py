@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swift_kernels.checks import check_cu_seqlens, check_pool
+from swift_kernels.checks import check_cu_seqlens, check_pool, check_pool_backward
 from swift_kernels.ops import launch
 from swift_kernels.reference import GATE_SUM_FLOOR
 
@@ -52,7 +52,7 @@ def _pool_kernel(
         tl.store(gate_reward_ptr + index * 2 + 1, reward, mask=live)
         weighted += gate * reward
         gates += tl.where(live, gate, 0.0)
-    score = tl.sum(weighted) / tl.maximum(tl.sum(gates), FLOOR)
+    score = tl.sum(weighted, axis=0) / tl.maximum(tl.sum(gates, axis=0), FLOOR)
     tl.store(scores_ptr + sequence * heads + head, tl.where(end > first_token, score, float("nan")))
 
 
@@ -87,7 +87,7 @@ def _pool_backward_kernel(
     for first in tl.range(first_token, end, BLOCK):
         token = first + tl.arange(0, BLOCK)
         gates += tl.load(gate_reward_ptr + (token * heads + head) * 2, mask=token < end, other=0.0)
-    gate_sum = tl.sum(gates)
+    gate_sum = tl.sum(gates, axis=0)
     score = tl.where(gate_sum < FLOOR, 0.0, score)  # where the floor holds, the sum is no function of the gates
     scale = grad_score / tl.maximum(gate_sum, FLOOR)
     for first in tl.range(first_token, end, BLOCK):
@@ -126,11 +126,13 @@ def pool_triton(logits: Tensor, cu_seqlens: Tensor, gated: bool) -> tuple[Tensor
 def pool_backward_triton(
     grad_scores: Tensor, scores: Tensor, gate_reward: Tensor, cu_seqlens: Tensor, gated: bool
 ) -> Tensor:
-    """`reference.pool_backward` in one launch on the current stream."""
+    """`reference.pool_backward` in one launch on the current stream. `pool` has checked the values of `cu_seqlens`."""
+    check_pool_backward(grad_scores, scores, gate_reward, cu_seqlens)
     tokens, heads, _ = gate_reward.shape
     grad_logits = gate_reward.new_empty(tokens, heads * (2 if gated else 1))
-    inputs = (grad_scores.contiguous(), scores.contiguous(), gate_reward.contiguous(), cu_seqlens)
-    _launch(_POOL_BACKWARD, (*inputs, grad_logits), scores, cu_seqlens, gated)
+    if tokens:
+        tensors = (grad_scores, scores, gate_reward, cu_seqlens, grad_logits)
+        _launch(_POOL_BACKWARD, tensors, scores, cu_seqlens, gated)
     return grad_logits
 
 

@@ -34,13 +34,13 @@ MAX_THREADS = MAX_BLOCK // COLUMNS_PER_THREAD
 
 
 @triton.jit
-def _pointers(ptr, column, VECTOR: tl.constexpr):
-    """VECTOR > 1 promises that `ptr + column` begins at a multiple of 16 bytes, and with it the widest loads.
+def _pointers(ptr, column, ALIGNMENT: tl.constexpr):
+    """ALIGNMENT promises that `ptr + column` begins at a multiple of so many bytes, and with it loads as wide.
 
     No pointer is specialised on its own alignment: there is one build, and one order of additions.
     """
     ptrs = ptr + column
-    return tl.multiple_of(ptrs, 16) if VECTOR > 1 else ptrs
+    return tl.multiple_of(ptrs, ALIGNMENT) if ALIGNMENT > 0 else ptrs
 
 
 @triton.jit
@@ -53,19 +53,21 @@ def _load_block(
     WIDTH: tl.constexpr,
     FEATURES: tl.constexpr,
     GATED: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    WEIGHT_ALIGNMENT: tl.constexpr,
 ):
     """Hidden state, norm weight, gate weight and reward weight of these columns, the last two up to `scored_width`."""
     inside = column < WIDTH
-    x = tl.load(_pointers(row_ptr, column, VECTOR), mask=inside, other=0.0)
-    norm_weight = tl.load(_pointers(norm_weight_ptr, column, VECTOR), mask=inside, other=0.0)
+    x = tl.load(_pointers(row_ptr, column, ALIGNMENT), mask=inside, other=0.0)
+    norm_weight = tl.load(_pointers(norm_weight_ptr, column, ALIGNMENT), mask=inside, other=0.0)
     gate_weight, reward_weight = norm_weight, norm_weight
     if weight_ptr is not None:
-        reward_ptrs = _pointers(weight_ptr + (FEATURES if GATED else 0), column, WEIGHT_VECTOR)
+        reward_ptrs = _pointers(weight_ptr + (FEATURES if GATED else 0), column, WEIGHT_ALIGNMENT)
         reward_weight = tl.load(reward_ptrs, mask=column < scored_width, other=0.0)
         if GATED:
-            gate_weight = tl.load(_pointers(weight_ptr, column, WEIGHT_VECTOR), mask=column < scored_width, other=0.0)
+            gate_weight = tl.load(
+                _pointers(weight_ptr, column, WEIGHT_ALIGNMENT), mask=column < scored_width, other=0.0
+            )
     return x, norm_weight, gate_weight, reward_weight
 
 
@@ -78,7 +80,7 @@ def _normalise_block(
     gate_products,
     reward_products,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     SCORED: tl.constexpr,
@@ -95,7 +97,7 @@ def _normalise_block(
         if ROUND_FIRST:
             normalised = normalised.to(x.dtype).to(tl.float32)
         output = (norm_weight.to(tl.float32) * normalised).to(x.dtype)
-    tl.store(_pointers(output_ptr, column, VECTOR), output, mask=column < WIDTH)
+    tl.store(_pointers(output_ptr, column, ALIGNMENT), output, mask=column < WIDTH)
     if SCORED:
         scored = (output if SCORE_OUTPUT else x).to(tl.float32)
         reward_products += scored * reward_weight.to(tl.float32)
@@ -135,15 +137,15 @@ def _rms_norm_score_kernel(
     partials_ptr,
     gate_reward_ptr,
     output_ptr,
-    row_stride,  # in units of VECTOR elements
+    row_stride,
     eps,
     entry,
-    first_feature,  # in units of WEIGHT_VECTOR elements
+    first_feature,
     partials_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WEIGHT_VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    WEIGHT_ALIGNMENT: tl.constexpr,
     FEATURES: tl.constexpr,
     UNIT_OFFSET: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
@@ -153,12 +155,12 @@ def _rms_norm_score_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    hidden_states_ptr += row * row_stride * VECTOR
+    hidden_states_ptr += row * row_stride
     output_ptr += row * WIDTH
     SCORED: tl.constexpr = weight_ptr is not None
     scored_width = 0  # of a row that is skipped, nothing of the head is loaded
     if SCORED:
-        weight_ptr += first_feature * WEIGHT_VECTOR
+        weight_ptr += first_feature
         slot = tl.load(slots_ptr + row)
         scored_width = tl.where(slot >= 0, WIDTH, 0)
 
@@ -172,8 +174,8 @@ def _rms_norm_score_kernel(
         WIDTH,
         FEATURES,
         GATED,
-        VECTOR,
-        WEIGHT_VECTOR,
+        ALIGNMENT,
+        WEIGHT_ALIGNMENT,
     )
     if LAST:
         live_entries = tl.where(slot >= 0, entry, 0)
@@ -190,9 +192,9 @@ def _rms_norm_score_kernel(
     squares = first_block[0].to(tl.float32) * first_block[0].to(tl.float32)
     for first in tl.range(BLOCK, WIDTH, BLOCK):
         inside = first + column < WIDTH
-        x = tl.load(_pointers(hidden_states_ptr, first + column, VECTOR), mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(_pointers(hidden_states_ptr, first + column, ALIGNMENT), mask=inside, other=0.0).to(tl.float32)
         squares += x * x
-    scale = tl.rsqrt(tl.sum(squares) * (1.0 / WIDTH) + eps)
+    scale = tl.rsqrt(tl.sum(squares, axis=0) * (1.0 / WIDTH) + eps)
 
     nothing = tl.zeros((BLOCK,), tl.float32)
     gate_products, reward_products = _normalise_block(
@@ -203,7 +205,7 @@ def _rms_norm_score_kernel(
         nothing,
         nothing,
         WIDTH,
-        VECTOR,
+        ALIGNMENT,
         UNIT_OFFSET,
         ROUND_FIRST,
         SCORED,
@@ -220,8 +222,8 @@ def _rms_norm_score_kernel(
             WIDTH,
             FEATURES,
             GATED,
-            VECTOR,
-            WEIGHT_VECTOR,
+            ALIGNMENT,
+            WEIGHT_ALIGNMENT,
         )
         gate_products, reward_products = _normalise_block(
             block,
@@ -231,7 +233,7 @@ def _rms_norm_score_kernel(
             gate_products,
             reward_products,
             WIDTH,
-            VECTOR,
+            ALIGNMENT,
             UNIT_OFFSET,
             ROUND_FIRST,
             SCORED,
@@ -243,10 +245,10 @@ def _rms_norm_score_kernel(
         if GATED:  # side by side, the two sums cross from warp to warp at once
             gate, reward = tl.split(tl.sum(tl.join(gate_products, reward_products), axis=0))
         else:
-            reward = tl.sum(reward_products)
+            reward = tl.sum(reward_products, axis=0)
         if LAST:
-            reward += tl.sum(earlier_rewards) + tl.load(bias_ptr + (1 if GATED else 0)).to(tl.float32)
-            gate = tl.sigmoid(gate + tl.sum(earlier_gates) + tl.load(bias_ptr).to(tl.float32)) if GATED else 1.0
+            reward += tl.sum(earlier_rewards, axis=0) + tl.load(bias_ptr + (1 if GATED else 0)).to(tl.float32)
+            gate = tl.sigmoid(gate + tl.sum(earlier_gates, axis=0) + tl.load(bias_ptr).to(tl.float32)) if GATED else 1.0
             weighted_ptr = sums_ptr + slot * 2
             tl.store(weighted_ptr, tl.load(weighted_ptr) + gate * reward)
             tl.store(weighted_ptr + 1, tl.load(weighted_ptr + 1) + gate)
@@ -306,15 +308,20 @@ def _make_plan(
     hidden_states, weight = tensors[0], tensors[2] if len(tensors) > 2 else None
     rows, width = hidden_states.shape
     outputs, features = (0, 0) if weight is None else weight.shape
-    vector, weight_vector = vector_elements([hidden_states]), 1
+    vector = vector_elements([hidden_states])
+    weight_alignment = 0
     if vector > 1 and weight is not None and first_feature_aligned:
-        weight_vector = vector_elements([weight])
+        # As many columns of the head for each thread as of the hidden states, whose layout, and with it the bits of the
+        # norm, stays as it is where nothing is scored.
+        weight_alignment = min(vector * weight.element_size(), 16)
+        if features * weight.element_size() % weight_alignment:
+            weight_alignment = 0
     columns = max(triton.next_power_of_2(width), WARP_SIZE)
     constants = {
         "WIDTH": width,
         "BLOCK": columns if columns <= MAX_BLOCK else WIDE_BLOCK,
-        "VECTOR": vector,
-        "WEIGHT_VECTOR": weight_vector,
+        "ALIGNMENT": 16 if vector > 1 else 0,
+        "WEIGHT_ALIGNMENT": weight_alignment,
         "FEATURES": features,
         "UNIT_OFFSET": unit_offset,
         "ROUND_FIRST": round_first,
@@ -325,9 +332,9 @@ def _make_plan(
     return _Plan(
         device=hidden_states.get_device(),
         grid=(rows, 1, 1),
-        row_stride=row_stride(hidden_states) // vector,
+        row_stride=row_stride(hidden_states),
         row_stride_aligned=row_stride(hidden_states) % vector == 0,
-        aligned=0 if vector == 1 else 2 if weight_vector == 1 else 3,
+        aligned=0 if vector == 1 else 3 if weight_alignment else 2,
         features=features,
         absent=(None,) * (9 - len(tensors)),
         constants=constants,
@@ -391,7 +398,7 @@ def rms_norm_score_triton(
         check()
     if plan.build is None and debug_checks():
         check_slots(slots, sums.shape[0])
-    return _launch(plan, tensors, eps, entry, first_feature // plan.constants["WEIGHT_VECTOR"], entries)
+    return _launch(plan, tensors, eps, entry, first_feature, entries)
 
 
 def _launch(plan: _Plan, tensors: Sequence[Tensor], eps: float, *entry: int | None) -> Tensor:
@@ -407,13 +414,10 @@ def _launch(plan: _Plan, tensors: Sequence[Tensor], eps: float, *entry: int | No
     if misaligned or not plan.row_stride_aligned:
         # No model lays its hidden states out like this. Narrower loads would add a row up in another order, and its
         # score depend on where it lies: a copy keeps it bitwise the same.
-        tensors = [
-            tensor.clone(memory_format=torch.contiguous_format) if i < plan.aligned else tensor
-            for i, tensor in enumerate(tensors)
-        ]
-        vector = plan.constants["VECTOR"]
-        plan = replace(plan, row_stride=output.shape[1] // vector, row_stride_aligned=True)
-        return _launch(plan, tensors, eps, *entry)
+        rows = tensors[0].clone(memory_format=torch.contiguous_format)
+        weights = [weight.clone() if weight.data_ptr() % 16 else weight for weight in tensors[1 : plan.aligned]]
+        plan = replace(plan, row_stride=rows.shape[1], row_stride_aligned=True)
+        return _launch(plan, (rows, *weights, *tensors[plan.aligned :]), eps, *entry)
 
     integers = (plan.row_stride, float(eps), *entry)
     if plan.build is None:

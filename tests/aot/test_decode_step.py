@@ -111,7 +111,7 @@ def test_the_obvious_way_launches_and_moves_more(counted):
 
 
 def test_inductor_fuses_dot_products_into_the_norms_and_cannot_fuse_a_call(counted):
-    bare, gather, dots = (counted("compiled", variant, 2) for variant in ("bare", "gather", "dots"))
+    bare, gather, dots = (counted("compiled", variant, 1) for variant in ("bare", "gather", "dots"))
     assert gather["kernels"] == {**bare["kernels"], "swift_kernels::score_step": 1}
     assert dots["kernels"] == bare["kernels"]
 

@@ -19,6 +19,8 @@ import torch
 
 KERNELS = {
     "score_step": "tests.aot.variants_score_step",
+    "norm": "tests.aot.variants_norm",
+    "sequence": "tests.aot.variants_sequence",
 }
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -42,18 +42,20 @@ SMALL = [
     Variant(1021, scored="input"),
     Variant(16384, scored="output", last=True),
 ]
+_KINDS = ((None, False, False), ("input", False, False), ("input", True, False), ("output", True, True))
+"""scored, last, gate_reward"""
 FULL = [
-    Variant(width, dtype, mode, scored, last, weight_dtype, gated, gate_reward)
-    for width, dtype, mode, (scored, last, gate_reward), weight_dtype, gated in itertools.product(
-        (1, 576, 1021, 2304, 2560, 4096, 8192, 16384, 18432),
-        TYPES,
-        ("rounded first", "rounded once", "unit offset"),
-        ((None, False, False), ("input", False, False), ("input", True, False), ("output", True, True)),
-        (torch.float32, torch.bfloat16),
-        (True, False),
-    )
-    # Nothing of a head is in a norm that scores nothing, and only the one that unit_offset sits in differs by mode.
-    if (scored or (gated and weight_dtype == torch.float32)) and (mode == "rounded first" or width in (576, 4096))
+    *(
+        Variant(width, dtype, "rounded first", *kind[:2], gate_reward=kind[2])
+        for width, dtype, kind in itertools.product((1, 576, 1021, 2304, 2560, 4096, 8192, 16384, 18432), TYPES, _KINDS)
+    ),
+    *(
+        Variant(4096, torch.bfloat16, mode, *kind[:2], weight_dtype, gated, kind[2])
+        for mode, kind, weight_dtype, gated in itertools.product(
+            ("rounded first", "rounded once", "unit offset"), _KINDS[1:], (torch.float32, torch.bfloat16), (True, False)
+        )
+        if (mode, weight_dtype, gated) != ("rounded first", torch.float32, True)
+    ),
 ]
 
 

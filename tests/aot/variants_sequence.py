@@ -61,15 +61,18 @@ _WIDTHS = [(4096,) * 33, (576,) * 31, (2560,) * 34, (8192,) * 81, (4096, 2560, 5
 FULL = [
     *(
         Variant("project", widths, outputs, dtype, weight_dtype)
-        for widths, outputs, dtype, weight_dtype in itertools.product(
-            _WIDTHS, (1, 2, 16), TYPES, (torch.float32, torch.bfloat16)
+        for widths, outputs, (dtype, weight_dtype) in itertools.product(
+            _WIDTHS,
+            (2, 16),
+            ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float32)),
         )
     ),
     *(
         Variant("backward", widths, outputs, dtype)
-        for widths, outputs, dtype in itertools.product(_WIDTHS, (1, 2, 4, 8), TYPES)
+        for widths, outputs, dtype in itertools.product(_WIDTHS, (2, 8), TYPES)
         if outputs <= project.MAX_GRAD_OUTPUTS_ODD or widths[0] != 1021
     ),
+    *(Variant("backward", (1021,) * 3, project.MAX_GRAD_OUTPUTS_ODD, dtype) for dtype in TYPES),
     *(variant for variant in SMALL if isinstance(variant, Other)),
 ]
 
