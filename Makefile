@@ -15,7 +15,7 @@ help:
 	@echo "make demo    answer sums with SmolLM2, sixteen candidates each, scored while decoding"
 	@echo "make test    run the tests"
 	@echo "make lint    formatting, lint and types"
-	@echo "make audit   compile the kernels for GPUs that are not here, and hold them against their baseline"
+	@echo "make audit   compile the kernels for GPUs that are not here, count what a decode step launches"
 	@echo "make bench   measure on this machine's CPU"
 	@echo "make gpu     CUDA tests and benchmarks with the python3 on the PATH, STAGE=1 to 3"
 
@@ -40,6 +40,7 @@ lint: venv
 
 audit: venv
 	$(BIN)/python -m tests.aot.audit
+	$(BIN)/python -m tests.aot.decode_step
 
 bench: venv
 	$(BIN)/python bench/score_step.py

@@ -56,7 +56,6 @@ from bench import rivals
 from swift_kernels import SwiftHead, attach, features
 from swift_kernels.head import HeadConfig
 from swift_kernels.integrations import compatibility, norm_path
-from swift_kernels.integrations import transformers as integration
 
 BASELINE = Path(__file__).with_name("decode_step_baseline.json")
 LLAMA_8B = {
@@ -203,13 +202,14 @@ def _variant(name: str, model: Any) -> Iterator[Step]:
                 norms = _norms(model)
                 patches.enter_context(mock.patch.object(norm_path, "find_norms", return_value=norms))
             if name == "opaque":  # otherwise a compiled forward gathers
-                patches.enter_context(mock.patch.object(integration, "in_eager_step", _always))
+                patches.enter_context(mock.patch.object(norm_path.NormPath, "scores", _always))
             with attach(model, head, fuse="gather" if name == "gather" else "norm") as scorer:
                 scorer.begin(slots)
                 yield bare
 
 
-def _always(entry: Tensor) -> bool:
+def _always(norms: norm_path.NormPath, _entry: Tensor) -> bool:
+    norms._step, norms._left_layers = norms._buffers(), True
     return True
 
 
