@@ -24,7 +24,11 @@ def patch(module: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callable
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is module:
             return wrapper(original, *args, **kwargs)
-        return getattr(type(self), name)(self, *args, **kwargs) if before is _MISSING else before(*args, **kwargs)
+        if before is _MISSING:
+            return getattr(type(self), name)(self, *args, **kwargs)
+        if isinstance(before, types.MethodType) and before.__self__ is module:  # an earlier patch
+            return before.__func__(self, *args, **kwargs)
+        return before(*args, **kwargs)
 
     # The signature stays, which transformers inspects.
     bound = types.MethodType(functools.wraps(original)(method), module)
