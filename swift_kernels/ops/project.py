@@ -224,7 +224,18 @@ def _add_parts_kernel(
 
 
 _PROJECT = launch.Kernel(_project_kernel, num_warps=NUM_WARPS, enable_fp_fusion=True)
-_PROJECT_BACKWARD = launch.Kernel(_project_backward_kernel, num_warps=NUM_WARPS // 2, enable_fp_fusion=True)
+_PROJECT_BACKWARD = {
+    registers: launch.Kernel(
+        _project_backward_kernel,
+        num_warps=NUM_WARPS // 2,
+        enable_fp_fusion=True,
+        # Left to itself, ptxas keeps a few values in memory to have one program more on a multiprocessor. AMD has no
+        # such option.
+        **({} if torch.version.hip else {"maxnreg": registers}),
+    )
+    for registers in (128, 255)
+}
+"""By the most registers of a thread."""
 _ADD_PARTS = launch.Kernel(_add_parts_kernel, num_warps=4, enable_fp_fusion=True)
 
 
@@ -255,6 +266,11 @@ def project_backward_constants(hidden_states: Sequence[Tensor], outputs: int) ->
         "BLOCK": GRAD_BLOCK,
         "OUTPUT_BLOCK": triton.next_power_of_2(outputs),
     }
+
+
+def project_backward_registers(constants: dict[str, Any]) -> int:
+    """How many registers a thread of `_project_backward_kernel` may take. Half of them do for a single head."""
+    return 128 if constants["VECTOR"] > 1 and constants["OUTPUT_BLOCK"] <= 2 else 255
 
 
 def project_triton(hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
@@ -300,7 +316,7 @@ def project_backward_triton(hidden_states: Sequence[Tensor], grad_logits: Tensor
         most = MAX_GRAD_OUTPUTS if vector_elements(entries) > 1 else MAX_GRAD_OUTPUTS_ODD
         for first, outputs in _groups(all_outputs, most):
             constants = project_backward_constants(entries, outputs)
-            _PROJECT_BACKWARD.launch(
+            _PROJECT_BACKWARD[project_backward_registers(constants)].launch(
                 (*_specialised(entries, row_strides), *constants.values()),
                 grad_logits.get_device(),
                 (chunks, splits, 1),

@@ -80,7 +80,9 @@ FULL = [
 def build(variant: Variant | Other, target: str) -> Build:
     on_amd = TARGETS[target].backend == "hip"
     kernel, launcher, types, constants = (_other if isinstance(variant, Other) else _reads_entries)(variant)
-    warps = {project._PROJECT: (8, 4), project._PROJECT_BACKWARD: (4, 2)}.get(launcher, (4, 4))[on_amd]
+    warps = launcher.options["num_warps"]
+    if on_amd and kernel in (project._project_kernel, project._project_backward_kernel):
+        warps //= 2
     arguments = dict(zip(kernel.arg_names, types, strict=False)) | constants
     return Build(kernel, arguments, launcher.options | {"num_warps": warps})
 
@@ -94,7 +96,8 @@ def _reads_entries(variant: Variant) -> tuple[Any, Any, list[Any], dict[str, Any
         return project._project_kernel, project._PROJECT, types, project.project_constants(entries, variant.outputs)
     types = [pointers, strides, "*fp32", "*fp32", *["i32"] * 5]
     constants = project.project_backward_constants(entries, variant.outputs)
-    return project._project_backward_kernel, project._PROJECT_BACKWARD, types, constants
+    launcher = project._PROJECT_BACKWARD[project.project_backward_registers(constants)]
+    return project._project_backward_kernel, launcher, types, constants
 
 
 def _other(variant: Other) -> tuple[Any, Any, list[Any], dict[str, Any]]:
