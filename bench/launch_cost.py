@@ -130,6 +130,10 @@ def rms_norm_score_parts(rows: int, device: torch.device) -> dict[str, Callable[
         "schema.rms_norm": functools.partial(schema.rms_norm, *norm),
         "schema.rms_norm_score": functools.partial(schema.rms_norm_score, *arguments),
         "rms_norm_score_triton": functools.partial(rms_norm_score.rms_norm_score_triton, *arguments),
+        "instead: rms_norm, through the dispatcher": functools.partial(torch.ops.swift_kernels.rms_norm, *norm),
+        "instead: rms_norm_score, through the dispatcher": functools.partial(
+            torch.ops.swift_kernels.rms_norm_score, *arguments
+        ),
     }
 
 

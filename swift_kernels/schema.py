@@ -69,18 +69,14 @@ def score_step(
     Hidden states are float32, bfloat16 or float16 with unit stride along the width; weight and bias float32 or
     bfloat16; `sums` float32. `partials` and `arrivals` are the scratch of one `ScoreState` and of one stream.
     """
-    arguments = (hidden_states, weight, bias, slots, sums, token_count, partials, arrivals, gate_reward)
-    # The dispatcher takes 8 us of 20: an eager step that nothing looks at goes without. Profilers see its kernel alone.
-    eager = None if torch.compiler.is_compiling() else _EAGER.get("score_step")
-    if eager is None or not eager(*arguments):
-        torch.ops.swift_kernels.score_step(*arguments)
+    _call("score_step", hidden_states, weight, bias, slots, sums, token_count, partials, arrivals, gate_reward)
 
 
 def rms_norm(
     hidden_states: Tensor, norm_weight: Tensor, eps: float, unit_offset: bool = False, round_first: bool = True
 ) -> Tensor:
     """`reference.rms_norm` in one kernel; float32, bfloat16 or float16 rows and a weight of the same dtype."""
-    return torch.ops.swift_kernels.rms_norm(hidden_states, norm_weight, eps, unit_offset, round_first)
+    return _call("rms_norm", hidden_states, norm_weight, eps, unit_offset, round_first)
 
 
 def rms_norm_score(
@@ -102,7 +98,8 @@ def rms_norm_score(
     gate_reward: Tensor | None = None,
 ) -> Tensor:
     """`reference.rms_norm_score` in one kernel; dtypes as in `rms_norm` and `score_step`."""
-    return torch.ops.swift_kernels.rms_norm_score(
+    return _call(
+        "rms_norm_score",
         hidden_states,
         norm_weight,
         eps,
@@ -148,6 +145,14 @@ def project(hidden_states: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Te
 def pool(logits: Tensor, cu_seqlens: Tensor, gated: bool = True) -> tuple[Tensor, Tensor]:
     """`reference.pool` in one launch, differentiable."""
     return torch.ops.swift_kernels.pool(logits, cu_seqlens.to(logits.device), gated)
+
+
+def _call(op: str, *arguments: Any) -> Any:
+    # The dispatcher takes over a third of what a call costs the host (bench/launch_cost.py): it is left out where
+    # nothing looks at the op. Profilers then see its kernel alone.
+    eager = None if torch.compiler.is_compiling() else _EAGER.get(op)
+    result = NotImplemented if eager is None else eager(*arguments)
+    return getattr(torch.ops.swift_kernels, op)(*arguments) if result is NotImplemented else result
 
 
 def implementation(device_type: str) -> str:
@@ -260,7 +265,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 
 _EAGER: dict[str, Callable[..., Any] | None] = {}
 """`<op>_eager` of the ops that Triton has run, where there is one: it runs the op past the dispatcher, or returns
-False where something has to see the op."""
+NotImplemented where something has to see the op."""
 
 
 def _dispatch(op: str, first: Tensor | Sequence[Tensor], *args: Any) -> Any:

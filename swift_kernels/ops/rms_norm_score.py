@@ -343,12 +343,23 @@ def _make_plan(
 
 
 def rms_norm_triton(
-    hidden_states: Tensor, norm_weight: Tensor, eps: float, unit_offset: bool, round_first: bool
+    hidden_states: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    round_first: bool,
+    *,
+    only_plain: bool = False,
 ) -> Tensor:
-    """`reference.rms_norm` in one launch on the current stream."""
+    """`reference.rms_norm` in one launch on the current stream.
+
+    Returns NotImplemented for tensors that are not plain, if only plain ones are asked for.
+    """
     tensors, flags = (hidden_states, norm_weight), (unit_offset, round_first)
     plan = _PLANS.find(tensors, *flags)
     if plan is None:
+        if only_plain and not launch.are_plain(tensors):
+            return NotImplemented
 
         def check_and_make_plan() -> _Plan:
             check_rms_norm(hidden_states, norm_weight)
@@ -375,8 +386,10 @@ def rms_norm_score_triton(
     token_count: Tensor,
     partials: Tensor,
     gate_reward: Tensor | None = None,
+    *,
+    only_plain: bool = False,
 ) -> Tensor:
-    """`reference.rms_norm_score` in one launch on the current stream."""
+    """`reference.rms_norm_score` in one launch on the current stream; `only_plain` as in `rms_norm_triton`."""
     state = (slots, sums, token_count, partials, *(() if gate_reward is None else (gate_reward,)))
     tensors = (hidden_states, norm_weight, weight, bias, *state)
 
@@ -386,6 +399,8 @@ def rms_norm_score_triton(
     flags = (unit_offset, round_first, first_feature % 8 == 0, score_output, last)
     plan = _PLANS.find(tensors, *flags)
     if plan is None:
+        if only_plain and not launch.are_plain(tensors):
+            return NotImplemented
 
         def check_and_make_plan() -> _Plan:
             check()
@@ -399,6 +414,21 @@ def rms_norm_score_triton(
     if plan.build is None and debug_checks():
         check_slots(slots, sums.shape[0])
     return _launch(plan, tensors, eps, entry, first_feature, entries)
+
+
+def rms_norm_eager(*arguments: Any) -> Any:
+    """`rms_norm_triton` past the dispatcher; NotImplemented where something may have to see the op on its way."""
+    return NotImplemented if _is_looked_at() else rms_norm_triton(*arguments, only_plain=True)
+
+
+def rms_norm_score_eager(*arguments: Any) -> Any:
+    """`rms_norm_score_triton`, likewise."""
+    return NotImplemented if _is_looked_at() else rms_norm_score_triton(*arguments, only_plain=True)
+
+
+def _is_looked_at() -> bool:
+    """Unlike `score_step`, these ops return something that a gradient may be asked of."""
+    return torch.is_grad_enabled() or launch.is_watched()
 
 
 def _launch(plan: _Plan, tensors: Sequence[Tensor], eps: float, *entry: int | None) -> Tensor:

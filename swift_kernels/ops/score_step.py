@@ -294,20 +294,20 @@ def score_step_triton(
         plan.build = build
 
 
-def score_step_eager(*arguments: Any) -> bool:
-    """`score_step_triton` past the dispatcher, where nothing would look at the op on its way; False where it might.
+def score_step_eager(*arguments: Any) -> Any:
+    """`score_step_triton` past the dispatcher; NotImplemented where something may have to see the op on its way.
 
     Boxing the tensors of 33 entries and unboxing them again takes the dispatcher 8 us of 20.
     """
     if launch.is_watched():
-        return False
+        return NotImplemented
     tensors = _tensors(*arguments)
     plan = _PLANS.find(tensors)
     if plan is None and not launch.are_plain(tensors):
-        return False
+        return NotImplemented
     if plan is None or not _launch_again(plan, tensors):
         score_step_triton(*arguments)
-    return True
+    return None
 
 
 def _tensors(hidden_states: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime.cache import get_cache_manager
 
 from swift_kernels import schema
-from swift_kernels.ops import launch, score_step
+from swift_kernels.ops import launch, rms_norm_score, score_step
 
 TARGET = GPUTarget("cuda", 90, 32)
 DEVICE = -1
@@ -125,6 +125,13 @@ class FakeDriver(nvidia.CudaDriver):
         )
 
 
+_EAGER = {
+    "score_step": score_step.score_step_eager,
+    "rms_norm": rms_norm_score.rms_norm_eager,
+    "rms_norm_score": rms_norm_score.rms_norm_score_eager,
+}
+
+
 @contextlib.contextmanager
 def fake_driver() -> Iterator[FakeDriver]:
     """Makes a fake driver Triton's active one, and Triton what runs the ops; at the end all of it is forgotten."""
@@ -148,7 +155,7 @@ def fake_driver() -> Iterator[FakeDriver]:
             (knobs.runtime, "jit_post_compile_hook", note),
             (launch, "DEVICE_TYPE", "cpu"),
             (schema, "_select", select),
-            (schema, "_EAGER", {"score_step": score_step.score_step_eager}),
+            (schema, "_EAGER", _EAGER),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         forget()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 import triton.knobs
 
+from swift_kernels import schema
 from swift_kernels.ops.rms_norm_score import MAX_BLOCK, rms_norm_score_triton, rms_norm_triton
 from tests.aot.audit import TARGETS, audit, compile_kernel, disassemble, instructions
 from tests.aot.fake_driver import FakeDriver, fake_driver
@@ -151,6 +154,51 @@ def test_what_is_not_aligned_is_copied(driver: FakeDriver):
         assert address % 16 == 0
         assert address != rows.data_ptr()
         assert norm_weight_address == norm_weight.data_ptr() or norm_weight_address % 16 == 0
+
+
+def operations(rows: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Both ops on these rows, as a model's forward calls them."""
+    count, width = rows.shape
+    norm = (rows, torch.zeros(width, dtype=torch.bfloat16), 1e-5, False, True)
+    head = (torch.zeros(2, 4 * width), torch.zeros(2))
+    state = (torch.arange(count), torch.zeros(count, 2), torch.zeros(count, dtype=torch.int32), torch.zeros(99, 4, 2))
+    return {
+        "rms_norm": lambda: schema.rms_norm(*norm),
+        "rms_norm_score": lambda: schema.rms_norm_score(*norm, *head, 0, 0, False, False, *state),
+    }
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_score"])
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_decoding_skips_the_dispatcher(driver: FakeDriver, monkeypatch, op, context):
+    run = operations(rows_of(3, 64))[op]
+    monkeypatch.setattr(schema, "_select", None)  # what an op that is dispatched asks first
+    with context():
+        for _ in range(3):
+            run()
+    assert driver.launch_count == 3
+    with pytest.raises(TypeError):
+        run()  # with gradients, which the dispatcher would have to refuse or record
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rms_norm_score"])
+def test_what_has_to_see_the_op_sees_it(driver: FakeDriver, op):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    run = operations(rows_of(3, 64))[op]
+    with torch.no_grad():
+        for _ in range(2):
+            seen: list[str] = []
+            with Seen():
+                run()
+            assert f"swift_kernels::{op}" in seen
+            run()
+        with pytest.raises(ValueError, match="meta"):
+            operations(rows_of(3, 64).to("meta"))[op]()
+    assert driver.launch_count == 4
 
 
 def test_nothing_is_launched_for_no_rows(driver: FakeDriver):
