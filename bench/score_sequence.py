@@ -43,11 +43,11 @@ MEAN_LENGTH = {"cpu": 128, "cuda": 256}
 INPUT_BYTES = 300 << 20
 """Inputs that are rotated through where one is smaller."""
 
-SAMPLES = 30
+SAMPLES = 15
 FEWEST_SAMPLES = 5
 """A contender with fewer undisturbed calls gets no figure."""
 
-PATIENCE = 4
+PATIENCE = 2
 """Rounds for each sample that is asked for, before a busy machine is given up on."""
 
 MODES = ("forward", "forward + backward")
