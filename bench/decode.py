@@ -1,4 +1,4 @@
-"""Tokens a second of decoding, with and without scoring, in pairs of runs that take turns.
+"""Tokens a second of decoding, with and without scoring, step by step in turn.
 
     python bench/decode.py [--model smollm2|8b] [--layers N] [--rows 64] [--quick] [--json] [--device cpu]
 
@@ -11,18 +11,22 @@
     naive         output_hidden_states, and the authors' way at each step: every layer to float32, cat, nn.Linear
 
 On a GPU also `graph, bare`, `graph, gather` and `graph, norm`: the same step captured into a CUDA graph and replayed.
-Every figure is the median over runs of the ratio to the run of `bare` (or `graph, bare`) that it is paired with.
+Each contender has modules and a cache of its own around the same parameters, and all take turns: at every step on the
+CPU, whose speed drifts within seconds, and every 16 steps on a GPU, which is not to wait in between. A figure is the
+median ratio to `bare` (or `graph, bare`) in the same turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import common
@@ -35,6 +39,8 @@ from swift_kernels import SwiftHead, attach, reference, schema
 
 PROMPT, STEPS = 16, 16
 """Tokens of the prompt, and decoded in each timed run."""
+
+ROUNDS = {"cpu": 15, "cuda": 25}
 
 CONTENDERS = ("bare", "gather", "norm", "norm, bare", "naive")
 GRAPHS = ("graph, bare", "graph, gather", "graph, norm")
@@ -52,7 +58,6 @@ class Decoder:
         self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.slots = torch.arange(rows, device=device)
-        self.scorers: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.config.vocab_size
         self.prompt = torch.randint(vocabulary, (rows, PROMPT), generator=generator).to(device)
@@ -86,24 +91,29 @@ class Decoder:
         return output
 
 
-@contextmanager
-def contender(name: str, decoder: Decoder, head: SwiftHead) -> Iterator[Callable[[], Any]]:
-    """One decode step as `name` does it."""
-    model = decoder.model
-    with ExitStack() as stack:
-        step: Callable[[], Any] = decoder.step
-        if name == "naive":
-            step = naive(decoder, head)
-        elif "gather" in name or "norm" in name:
-            scorer = stack.enter_context(attach(model, head, fuse="norm" if "norm" in name else "gather"))
-            scorer.warmup(decoder.rows)
-            skipped = torch.full_like(decoder.slots, -1)
-            scorer.begin(skipped if name == "norm, bare" else decoder.slots)
-            decoder.scorers[name] = scorer  # a graph writes into its state after it has been detached
-        if name.startswith("graph"):
-            graph = captured(step, decoder)
-            step = graph.replay
-        yield step
+@dataclass
+class Contender:
+    decoder: Decoder
+    step: Callable[[], Any]
+    scorer: Any = None
+
+
+def contender(name: str, model: Any, head: SwiftHead, rows: int, stack: ExitStack) -> Contender:
+    """One decode step as `name` does it, until the stack is closed."""
+    # Modules of its own: attaching to them, or asking them for hidden states, is not noticed elsewhere.
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    decoder = Decoder(model, rows)
+    step: Callable[[], Any] = decoder.step
+    scorer = None
+    if name == "naive":
+        step = naive(decoder, head)
+    elif "gather" in name or "norm" in name:
+        scorer = stack.enter_context(attach(model, head, fuse="norm" if "norm" in name else "gather"))
+        scorer.warmup(rows)
+        scorer.begin(torch.full_like(decoder.slots, -1) if name == "norm, bare" else decoder.slots)
+    if name.startswith("graph"):
+        step = captured(step, decoder).replay
+    return Contender(decoder, step, scorer)
 
 
 def captured(step: Callable[[], Any], decoder: Decoder) -> torch.cuda.CUDAGraph:
@@ -141,12 +151,13 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "8b"), default="smollm2")
     parser.add_argument("--layers", type=int, help="of the 8b shape; 2 on the CPU and 32 on a GPU unless told")
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=25, help="runs of each contender")
+    parser.add_argument("--rounds", type=int, help=f"of {STEPS} tokens; 15 on the CPU and 25 on a GPU unless told")
     parser.add_argument("--quick", action="store_true", help="5 rounds")
     parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
     parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
     options = parser.parse_args()
     device = common.choose_device(options.device)
+    rounds = 5 if options.quick else options.rounds or ROUNDS[device.type]
     layers = options.layers or (2 if device.type == "cpu" else 32)
     with torch.no_grad():
         model = make_model(options.model, layers, device)
@@ -159,8 +170,8 @@ def main() -> None:
             "dtype": str(model.dtype),
             "rows": options.rows,
             "prompt": PROMPT,
-            "steps": STEPS,
-            **measure(model, head, options.rows, 5 if options.quick else options.rounds, device),
+            "tokens_a_round": STEPS,
+            **measure(model, head, options.rows, rounds, device),
         }
     path = common.write_result(device, f"decode_{options.model}_{options.rows}_rows", result)
     if options.json:
@@ -196,35 +207,40 @@ def make_model(name: str, layers: int, device: torch.device) -> Any:
 
 
 def measure(model: Any, head: SwiftHead, rows: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    decoder = Decoder(model, rows)
     cuda = device.type == "cuda"
     seconds: Callable[[Callable[[], Any]], float | None] = common.cuda_seconds if cuda else common.seconds
-    groups = [CONTENDERS, GRAPHS] if cuda else [CONTENDERS]
+    steps = STEPS if cuda else 1
     samples: dict[str, list[float | None]] = {}
-    for group in groups:
-        # A graph is captured once; in eager mode each contender attaches and detaches in turn, apart from the clock.
-        graphs = {name: record(name, decoder, head) for name in group if name.startswith("graph")}
+    for group in [CONTENDERS, GRAPHS] if cuda else [CONTENDERS]:
         samples.update({name: [] for name in group})
-        for turn in range(rounds + 1):
-            print(f"\rround {turn} of {rounds}", end="", file=sys.stderr)
-            for name in group[turn % len(group) :] + group[: turn % len(group)]:
-                with nullcontext(graphs[name]) if name in graphs else contender(name, decoder, head) as step:
-                    decoder.rewind()
-                    elapsed = seconds(functools.partial(run, step))
-                if turn:  # the first round warms up
-                    samples[name].append(elapsed)
-        print(file=sys.stderr)
-    return {"seconds": samples}
+        with ExitStack() as stack:
+            contenders = {name: contender(name, model, head, rows, stack) for name in group}
+            for turn in range(rounds + 1):
+                print(f"\rround {turn} of {rounds}", end="", file=sys.stderr)
+                for each in contenders.values():
+                    each.decoder.rewind()
+                for part in range(STEPS // steps):
+                    order = group[part % len(group) :] + group[: part % len(group)]
+                    for name in order if turn % 2 else order[::-1]:
+                        elapsed = seconds(functools.partial(run, contenders[name].step, steps))
+                        if turn:  # the first round warms up
+                            samples[name].append(elapsed)
+            print(file=sys.stderr)
+            for name, each in contenders.items():
+                if each.scorer is not None:
+                    check(name, each.scorer.scores())
+    return {"steps_of_a_sample": steps, "seconds": samples}
 
 
-def record(name: str, decoder: Decoder, head: SwiftHead) -> Callable[[], Any]:
-    """The graph of a contender, which can be replayed after the model has been detached."""
-    with contender(name, decoder, head) as step:
-        return step
+def check(name: str, scores: torch.Tensor) -> None:
+    """Exits unless every row has been scored, or none where none was to be."""
+    expected = 0 if name == "norm, bare" else scores.numel()
+    if int(scores.isfinite().sum()) != expected:
+        sys.exit(f"{name}: {int(scores.isfinite().sum())} rows have a score, expected {expected}; no figure")
 
 
-def run(step: Callable[[], Any]) -> None:
-    for _ in range(STEPS):
+def run(step: Callable[[], Any], steps: int) -> None:
+    for _ in range(steps):
         step()
 
 
@@ -238,7 +254,7 @@ def print_table(result: dict[str, Any]) -> None:
     )
     for column in ("", "tokens/s", "of bare", "95% interval", "pairs"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    tokens = result["rows"] * result["steps"]
+    tokens = result["rows"] * result["steps_of_a_sample"]
     for name, samples in result["seconds"].items():
         bare = result["seconds"]["graph, bare" if name.startswith("graph") else "bare"]
         ratios = [before / after for before, after in zip(bare, samples, strict=True) if before and after]

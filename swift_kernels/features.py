@@ -21,6 +21,8 @@ from swift_kernels.patching import patch
 HIDDEN_STATES = "hidden_states"
 LOGITS = "logits"
 FEATURE_SOURCES = (HIDDEN_STATES, LOGITS)
+SHORT_FORWARD = 3
+"""Tokens of a forward that shows what a model does."""
 
 
 class UnsupportedModelError(ValueError):
@@ -236,9 +238,9 @@ def _trace(model: Any) -> ModelLayout:
 
 
 def run_short_forward(model: Any, **options: Any) -> Any:
-    """Three tokens through the model in evaluation mode; mode, hooks and random numbers are afterwards as before."""
+    """A few tokens through the model in evaluation mode; mode, hooks and random numbers are afterwards as before."""
     device = model.get_input_embeddings().weight.device
-    token_ids = torch.arange(1, 4, device=device).remainder(text_config(model).vocab_size)[None]
+    token_ids = torch.arange(1, SHORT_FORWARD + 1, device=device).remainder(text_config(model).vocab_size)[None]
     # Tensors made in inference mode would not count their changes.
     with _unchanged(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         return model(input_ids=token_ids, use_cache=False, return_dict=True, **options)

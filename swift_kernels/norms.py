@@ -27,11 +27,14 @@ class FusableNorm:
 
     Attributes:
         module: the module, whose only parameter is the weight.
+        owner, name: the module that holds this parameter, itself or one inside, and its name there.
         eps, unit_offset, round_first: as in `reference.rms_norm`.
         scores_output: whether the entry is what the norm returns (the last one), not what it takes.
     """
 
     module: nn.Module
+    owner: nn.Module
+    name: str
     eps: float
     unit_offset: bool
     round_first: bool
@@ -39,11 +42,26 @@ class FusableNorm:
 
     @property
     def weight(self) -> Tensor:
-        return next(self.module.parameters()).detach()
+        weight = self.owner._parameters[self.name]  # in every step: `module.parameters()` would take ten times as long
+        assert weight is not None
+        return weight
 
 
-def find_norms(model: Any) -> list[FusableNorm | str]:
-    """For each entry 0..L of `hidden_states`, the norm that can score it, or the reason why none can.
+@dataclass(frozen=True)
+class Norms:
+    """What a model has of norms.
+
+    Attributes:
+        entries: for each entry 0..L of `hidden_states` the norm that can score it, or the reason why none can.
+        others: further norms of these kinds over the tokens of a batch, which read no entry, as after an attention.
+    """
+
+    entries: list[FusableNorm | str]
+    others: list[FusableNorm]
+
+
+def find_norms(model: Any) -> Norms:
+    """The RMSNorms of a model that one kernel can compute.
 
     Runs one short forward, which leaves the model as it was, and each candidate on a few random rows: afresh each time,
     as modules, weights and dtypes may have changed.
@@ -54,6 +72,7 @@ def find_norms(model: Any) -> list[FusableNorm | str]:
     makers: list[tuple[nn.Module, Tensor]] = []
     calls: Counter[nn.Module] = Counter()
     dtypes: dict[nn.Module, torch.dtype] = {}
+    over_tokens: list[nn.Module] = []
     current: list[tuple[int, Tensor]] = []
     final: list[Tensor] = []
 
@@ -64,6 +83,13 @@ def find_norms(model: Any) -> list[FusableNorm | str]:
         calls[module] += 1
         if args and isinstance(args[0], Tensor):
             dtypes[module] = args[0].dtype
+            if (
+                len(args) == 1
+                and not kwargs
+                and args[0].dim() == 3
+                and args[0].shape[:2] == (1, features.SHORT_FORWARD)
+            ):
+                over_tokens.append(module)
         if current and len(args) == 1 and not kwargs and args[0] is current[0][1]:
             takers[current[0][0]].append(module)
 
@@ -104,7 +130,14 @@ def find_norms(model: Any) -> list[FusableNorm | str]:
     else:
         candidates = [module for module, output in makers if output is final[0]]
         found.append(_first_norm(candidates, calls, dtypes, "the model's last hidden state", scores_output=True))
-    return found
+    of_entries = [norm for norm in found if isinstance(norm, FusableNorm)]
+    kinds, taken = {type(norm.module) for norm in of_entries}, {norm.module for norm in of_entries}
+    others = [
+        _identify(module, dtypes[module], scores_output=False)
+        for module in over_tokens
+        if calls[module] == 1 and type(module) in kinds and module not in taken
+    ]
+    return Norms(found, [norm for norm in others if isinstance(norm, FusableNorm)])
 
 
 def _first_norm(
@@ -150,6 +183,8 @@ def _identify(module: nn.Module, dtype: torch.dtype, scores_output: bool) -> Fus
         return "it does not return one tensor of the shape and dtype it takes"
     output = output[:, 0]
     floats = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 0.1]
+    owner, _, own_name = name.rpartition(".")
+    place = (module, module.get_submodule(owner), own_name)
     best: tuple[int, FusableNorm] | None = None
     for eps in dict.fromkeys([*floats, torch.finfo(torch.float32).eps, torch.finfo(weight.dtype).eps]):
         for unit_offset, round_first in _KINDS:
@@ -161,5 +196,5 @@ def _identify(module: nn.Module, dtype: torch.dtype, scores_output: bool) -> Fus
                 continue
             wrong = int((output != expected).sum())
             if best is None or wrong < best[0]:
-                best = (wrong, FusableNorm(module, eps, unit_offset, round_first, scores_output))
+                best = (wrong, FusableNorm(*place, eps, unit_offset, round_first, scores_output))
     return "it does not compute an RMSNorm" if best is None else best[1]

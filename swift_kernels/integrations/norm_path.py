@@ -1,8 +1,9 @@
 """Scoring inside the model's own RMSNorms, for `attach(..., fuse="norm")`.
 
 In an eager decode step, the norm that takes or returns a selected entry is replaced by one kernel that normalises and
-takes the dot products on the way; the last one closes the step. Everywhere else, in a prefill, with gradients, under
-torch.compile, the stock norm runs, and what is to be scored there is gathered.
+takes the dot products on the way; the last one closes the step. Other RMSNorms of the model become one kernel each as
+well. Everywhere else, in a prefill, with gradients, under torch.compile, the stock norm runs, and what is to be scored
+there is gathered.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,27 @@ from swift_kernels.state import ScoreState
 
 Buffers = tuple[ScoreState, Tensor, Tensor | None]
 """The state, the slots and the buffer for gates and rewards of the present run."""
+
+
+class Place(NamedTuple):
+    """The place of a norm in a step, as `schema.rms_norm_score` takes it."""
+
+    entry: int
+    first_feature: int
+    score_output: bool
+    last: bool
+
+
+class Step(NamedTuple):
+    """What the norms of a step share, as `schema.rms_norm_score` takes it."""
+
+    weight: Tensor
+    bias: Tensor
+    slots: Tensor
+    sums: Tensor
+    token_count: Tensor
+    partials: Tensor
+    gate_reward: Tensor | None
 
 
 class NormPath:
@@ -52,7 +74,8 @@ class NormPath:
         """
         if head.config.features == features.LOGITS:
             raise ValueError('fuse="norm" scores inside norms, the head reads logits: use fuse="gather"')
-        found = find_norms(model)
+        norms = find_norms(model)
+        found = norms.entries
         if not any(isinstance(norm, FusableNorm) for norm in found):
             raise ValueError(
                 f'{type(model).__name__} has no RMSNorm that can score, so fuse="norm" is not possible: {found[0]}; '
@@ -64,17 +87,24 @@ class NormPath:
         self.reason = None
         if missing:
             self.reason = f"{len(missing)} of {len(layers)} entries cannot be scored in a norm ({missing[0]})"
-        self._widths = head.config.widths
+        first_features = [0, *itertools.accumulate(head.config.widths)]
+        self._places = [
+            Place(k, first_features[k], norm.scores_output, k == len(layers) - 1) for k, norm in enumerate(self._scored)
+        ]
+        self._dtype = self._scored[0].weight.dtype if self._scored else None
         selected = {id(norm.module) for norm in self._scored}
-        self._plain = [norm for norm in found if isinstance(norm, FusableNorm) and id(norm.module) not in selected]
+        self._plain = [
+            norm
+            for norm in (*found, *norms.others)
+            if isinstance(norm, FusableNorm) and id(norm.module) not in selected and norm.weight.dtype == self._dtype
+        ]
         if self.reason is None and len(selected) != len(self._scored):
             self.reason = "one norm module serves several entries"
         self._head = head
         self._buffers, self._closed = buffers, closed
         self._layout = features.model_layout(model)
-        self._dtype = self._scored[0].weight.dtype if self._scored else None
         self._inside = self._decided = self._left_layers = False
-        self._step: Buffers | None = None
+        self._step: Step | None = None
         self._expected: Tensor | None = None
         self._next_entry = 0
 
@@ -86,10 +116,8 @@ class NormPath:
         """Fuses the norms, until what is returned is closed."""
         patches = ExitStack()
         if self.reason is None:
-            first_features = [0, *itertools.accumulate(self._widths)]
-            for k, norm in enumerate(self._scored):
-                scored = functools.partial(self._score, norm, k, first_features[k])
-                patches.callback(patch(norm.module, "forward", scored))
+            for norm, place in zip(self._scored, self._places, strict=True):
+                patches.callback(patch(norm.module, "forward", functools.partial(self._score, norm, place)))
             for norm in self._plain:
                 patches.callback(patch(norm.module, "forward", functools.partial(self._normalise, norm)))
             patches.callback(patch(self._layout.layers[-1], "forward", self._run_last_layer))
@@ -113,7 +141,8 @@ class NormPath:
                 and not torch.is_grad_enabled()
                 and not any(layer._compiled_call_impl is not None for layer in self._layout.layers)
             ):
-                self._step = self._buffers()
+                buffers = self._buffers()
+                self._step = None if buffers is None else self._make_step(*buffers)
         return self._step is not None
 
     def expect(self, k: int, entry: Tensor) -> None:
@@ -139,42 +168,16 @@ class NormPath:
         """Runs every fused norm once, on rows that are skipped: compiles what a step will need."""
         if self.reason is not None:
             return
-        first = 0
-        for k, (norm, entry) in enumerate(zip(self._scored, hidden_states, strict=True)):
-            self._call(norm, k, first, entry, state, slots, trace)
-            first += entry.shape[1]
+        step = self._make_step(state, slots, trace)
+        for norm, place, entry in zip(self._scored, self._places, hidden_states, strict=True):
+            _normalise_and_score(entry, norm, place, step)
         for norm in self._plain:
             rows = hidden_states[0].new_zeros(slots.shape[0], norm.weight.shape[0])
             schema.rms_norm(rows, norm.weight, norm.eps, norm.unit_offset, norm.round_first)
 
-    def _call(
-        self,
-        norm: FusableNorm,
-        k: int,
-        first_feature: int,
-        rows: Tensor,
-        state: ScoreState,
-        slots: Tensor,
-        gate_reward: Tensor | None,
-    ) -> Tensor:
-        return schema.rms_norm_score(
-            rows,
-            norm.weight,
-            norm.eps,
-            norm.unit_offset,
-            norm.round_first,
-            self._head.weight.detach(),
-            self._head.bias.detach(),
-            k,
-            first_feature,
-            norm.scores_output,
-            k == len(self._scored) - 1,
-            slots,
-            state.sums,
-            state.token_count,
-            state.partials,
-            gate_reward,
-        )
+    def _make_step(self, state: ScoreState, slots: Tensor, gate_reward: Tensor | None) -> Step:
+        weight, bias = self._head.weight.detach(), self._head.bias.detach()
+        return Step(weight, bias, slots, state.sums, state.token_count, state.partials, gate_reward)
 
     def _run_decoder(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -192,30 +195,40 @@ class NormPath:
             self._left_layers = True
         return output
 
-    def _score(
-        self, norm: FusableNorm, k: int, first_feature: int, stock: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _score(self, norm: FusableNorm, place: Place, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # In every norm of every step: between two matrix multiplications little of Python is in the cache, and a call
+        # or an attribute more costs several times what it does in a loop.
+        k = place.entry
         if kwargs or len(args) != 1 or not self.scores(args[0]) or k < self._next_entry:
             return stock(*args, **kwargs)
-        if norm.scores_output and not self._left_layers:  # as of an early exit, which looks at a layer's output
+        if place.score_output and not self._left_layers:  # as of an early exit, which looks at a layer's output
             return stock(*args, **kwargs)
         hidden_states = args[0]
         if k != self._next_entry:
             self._fail(k, f"entry {self._next_entry} was to come next")
-        if not norm.scores_output and hidden_states is not self._expected:
+        if not place.score_output and hidden_states is not self._expected:
             self._fail(k, "its norm does not take what the layer was called with")
         assert self._step is not None
-        output = self._call(norm, k, first_feature, hidden_states[:, 0], *self._step)[:, None]
-        self._expected = output if norm.scores_output else None
+        output = _normalise_and_score(hidden_states[:, 0], norm, place, self._step)[:, None]
+        self._expected = output if place.score_output else None
         self._next_entry = k + 1
-        if self._next_entry == len(self._scored):
+        if place.last:
             self._closed()
         return output
 
     def _normalise(self, norm: FusableNorm, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != 1 or not self.scores(args[0]):
+        if kwargs or len(args) != 1:
             return stock(*args, **kwargs)
-        rows = args[0][:, 0]
+        hidden_states = args[0]
+        if (
+            hidden_states.dim() != 3  # a norm that reads no entry may be called with anything
+            or hidden_states.shape[1] != 1
+            or hidden_states.stride(2) != 1
+            or hidden_states.dtype != self._dtype
+            or not self.scores(hidden_states)
+        ):
+            return stock(hidden_states)
+        rows = hidden_states[:, 0]
         return schema.rms_norm(rows, norm.weight, norm.eps, norm.unit_offset, norm.round_first)[:, None]
 
     def _fail(self, k: int, what: str) -> None:
@@ -224,3 +237,21 @@ class NormPath:
             f"entry {k} cannot be scored inside its {type(self._scored[k].module).__name__}: {what}; attach with "
             'fuse="gather"'
         )
+
+
+def _normalise_and_score(rows: Tensor, norm: FusableNorm, place: Place, step: Step) -> Tensor:
+    return schema.rms_norm_score(
+        rows,
+        norm.weight,
+        norm.eps,
+        norm.unit_offset,
+        norm.round_first,
+        step.weight,
+        step.bias,
+        *place,
+        step.slots,
+        step.sums,
+        step.token_count,
+        step.partials,
+        step.gate_reward,
+    )

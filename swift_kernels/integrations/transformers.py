@@ -250,9 +250,12 @@ class Scorer:
         if k == 0 and self._entries:  # of a forward that was broken off
             self._entries = []
         if entry.shape[1] == 1:
-            # Of `entry[:, 0]` Inductor learns too late that the state is needed, and computes it a second time.
-            rows, _, width = entry.shape
-            self._entries.append(entry.as_strided((rows, width), (entry.stride(0), entry.stride(2))))
+            # Inductor has to learn at once, and not by `entry[:, 0]`, that the state is needed: else it computes it a
+            # second time. In an eager step little of Python is in the cache here; what can wait is faster at the end.
+            if torch.compiler.is_compiling():
+                rows, _, width = entry.shape
+                entry = entry.as_strided((rows, width), (entry.stride(0), entry.stride(2)))
+            self._entries.append(entry)
         elif self._whole_sequences:
             # Without a cache every forward feeds the whole sequence: a copy, so that the rest can be freed.
             self._entries.append(entry[:, -1].clone())
@@ -262,6 +265,7 @@ class Scorer:
             entries, self._entries = self._entries, []
             assert self._state is not None
             assert self._slots is not None
+            entries = [entry.squeeze(1) if entry.dim() == 3 else entry for entry in entries]
             self.head.step(entries, self._state, self._slots, self._gate_reward)
             self._scored = self._ran_gather = True
 

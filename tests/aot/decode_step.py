@@ -209,26 +209,30 @@ def _variant(name: str, model: Any) -> Iterator[Step]:
 
 
 def _always(norms: norm_path.NormPath, _entry: Tensor) -> bool:
-    norms._step, norms._left_layers = norms._buffers(), True
+    buffers = norms._buffers()
+    assert buffers is not None
+    norms._step, norms._left_layers = norms._make_step(*buffers), True
     return True
 
 
-def _norms(model: Any) -> list[Any]:
+def _norms(model: Any) -> Any:
     """`find_norms` of a small model with values, for the modules of the same names in this one."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from swift_kernels.norms import FusableNorm, find_norms
+    from swift_kernels.norms import FusableNorm, Norms, find_norms
 
     with unset_fake_temporarily():
         sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
         small = LlamaForCausalLM(_config(model.config.num_hidden_layers, **sizes, num_key_value_heads=2)).bfloat16()
         names = {module: name for name, module in small.named_modules()}
         found = find_norms(small)
-    norms = []
-    for norm in found:
+
+    def same(norm: FusableNorm | str) -> FusableNorm:
         assert isinstance(norm, FusableNorm), norm
-        norms.append(dataclasses.replace(norm, module=model.get_submodule(names[norm.module])))
-    return norms
+        module, owner = (model.get_submodule(names[each]) for each in (norm.module, norm.owner))
+        return dataclasses.replace(norm, module=module, owner=owner)
+
+    return Norms([same(norm) for norm in found.entries], [same(norm) for norm in found.others])
 
 
 @contextlib.contextmanager

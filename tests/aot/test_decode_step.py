@@ -97,11 +97,13 @@ def test_a_fused_norm_takes_the_launches_and_the_bytes_of_a_stock_one(counted):
             norm(states)
     bare, fused = (counted("eager", variant, LAYERS) for variant in ("bare", "norm"))
     assert fused["kernels"]["swift_kernels::rms_norm_score"] == ENTRIES
-    assert fused["launches"] == bare["launches"] - ENTRIES * (stock.launches - 1)
+    assert fused["kernels"]["swift_kernels::rms_norm"] == LAYERS  # after each attention
+    norms = ENTRIES + LAYERS
+    assert fused["launches"] == bare["launches"] - norms * (stock.launches - 1)
     slots, partial = ROWS * 8, ROWS * 2 * 4
-    one = 2 * ROWS * WIDTH * 2 + WIDTH * 2 + 2 * WIDTH * 4 + slots + partial
-    closing = 2 * 4 + (ENTRIES - 1) * partial + STATE_BYTES
-    assert fused["bytes"] == bare["bytes"] - ENTRIES * (stock.bytes - one) + closing
+    normalising = 2 * ROWS * WIDTH * 2 + WIDTH * 2
+    scoring = ENTRIES * (2 * WIDTH * 4 + slots + partial) + 2 * 4 + (ENTRIES - 1) * partial + STATE_BYTES
+    assert fused["bytes"] == bare["bytes"] - norms * (stock.bytes - normalising) + scoring
 
 
 def test_the_obvious_way_launches_and_moves_more(counted):

@@ -40,7 +40,7 @@ def model_with_norm_weights(name, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", [*NAMED, *OTHERS])
 def test_norms_are_found_by_what_they_take_and_compute(name, dtype):
-    found = find_norms(tiny_model(name, dtype))
+    found = find_norms(tiny_model(name, dtype)).entries
     fusable = [isinstance(norm, FusableNorm) for norm in found]
     expected = {True: [True] * 4, False: [False] * 3 + [name in ONLY_LAST]}[name in EVERY]
     assert fusable == expected, found
@@ -52,6 +52,18 @@ def test_norms_are_found_by_what_they_take_and_compute(name, dtype):
             assert norm.eps == eps
             if dtype == torch.bfloat16 and name in ("olmo2", "gpt_oss"):
                 assert not norm.round_first
+
+
+OTHERS_A_LAYER = dict.fromkeys(EVERY, 1) | {"gemma2": 3, "gemma3_text": 3, "glm4": 3}
+"""Norms over the width of the model that read no entry; those of single attention heads run as they are."""
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_norms_that_read_no_entry_are_found_as_well(name):
+    others = find_norms(tiny_model(name)).others
+    assert len(others) == 3 * OTHERS_A_LAYER[name]
+    assert all(type(norm.module).__name__.endswith("RMSNorm") for norm in others)
+    assert all(norm.unit_offset == (name in UNIT_OFFSET) and not norm.scores_output for norm in others)
 
 
 class Doubled(nn.Module):
@@ -68,7 +80,7 @@ def test_what_resembles_an_rms_norm_is_not_taken_for_one():
     for layer in model.model.layers:
         layer.input_layernorm = Doubled(layer.input_layernorm)
     model.model.norm = Doubled(model.model.norm)
-    reasons = find_norms(model)
+    reasons = find_norms(model).entries
     # The norm inside takes the layer's input as well, and is one.
     assert [isinstance(reason, FusableNorm) for reason in reasons] == [True, True, True, False]
     assert "does not compute an RMSNorm" in reasons[3]
@@ -166,10 +178,35 @@ def test_the_fused_kernels_ran(prompts, monkeypatch):
     with attach(model, SwiftHead.for_model(model, [1, 3]), fuse="norm") as scorer:
         model.generate(**prompts, do_sample=False, max_new_tokens=4, min_new_tokens=4)
         assert scorer.token_counts().tolist() == [3, 3, 3]
-    # Layers 0 and 2 are not selected: their norms only normalise. The prefill runs the stock norms.
-    step = [("rms_norm", None), ("rms_norm_score", 0), ("rms_norm", None), ("rms_norm_score", 1)]
+    # Layers 0 and 2 are not selected, and norms after an attention read no entry: those only normalise. The prefill
+    # runs the stock norms.
+    plain = ("rms_norm", None)
+    step = [plain, plain, ("rms_norm_score", 0), plain, plain, plain, ("rms_norm_score", 1)]
     assert calls == step * 3
-    assert "2 RMSNorms score and 2 normalise, one call each by cpp on cpu" in scorer.describe()
+    assert "2 RMSNorms score and 5 normalise, one call each by cpp on cpu" in scorer.describe()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.randn(3, 32),
+        torch.randn(3, 2, 32),
+        torch.randn(3, 1, 32, dtype=torch.float64),
+        torch.randn(32, 1, 3).transpose(0, 2),
+    ],
+    ids=["2-D", "two tokens", "another dtype", "columns apart"],
+)
+def test_a_norm_that_reads_no_entry_may_be_called_with_anything(odd):
+    model = fresh_model()
+    norm = model.model.layers[0].post_attention_layernorm
+    expected, got = norm(odd), []
+    with torch.no_grad(), attach(model, SwiftHead.for_model(model), fuse="norm") as scorer:
+        scorer.begin(torch.arange(3))
+        hook = model.model.layers[1].register_forward_pre_hook(lambda *_: got.append(norm(odd)))
+        model(input_ids=torch.ones(3, 1, dtype=torch.int64), use_cache=False)
+        hook.remove()
+        assert scorer.token_counts().tolist() == [1] * 3
+    assert torch.equal(got[0], expected)
 
 
 def test_gradients_are_left_to_the_stock_norms():
