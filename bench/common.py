@@ -158,7 +158,7 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str:
-    """The commit that was measured, with "+changes" where the tree differed from it."""
+    """The commit that was measured, with "+changes" where the tree, but for results, differed from it."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -167,7 +167,8 @@ def git_commit() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        changes = git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS.relative_to(folder)}")
+        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
