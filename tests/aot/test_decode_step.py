@@ -15,7 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from swift_kernels.checks import partials_per_row
 from tests.aot import decode_step
-from tests.aot.decode_step import ROWS, OpCounter, called_kernels, fake_gpu, worse
+from tests.aot.decode_step import ROWS, worse
+from tests.aot.fake_gpu import fake_gpu
+from tests.aot.op_launches import OpCounter, called_kernels
 
 LAYERS = 3
 ENTRIES = LAYERS + 1
