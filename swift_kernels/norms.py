@@ -42,8 +42,12 @@ class FusableNorm:
 
     @property
     def weight(self) -> Tensor:
-        weight = self.owner._parameters[self.name]  # in every step: `module.parameters()` would take ten times as long
-        assert weight is not None
+        weight = self.owner._parameters.get(self.name)  # `module.parameters()` would take ten times as long
+        if weight is None:
+            raise RuntimeError(
+                f"the {self.name} of a fused {type(self.module).__name__} was taken away or parametrised while a "
+                "scorer was attached: detach before, and attach again"
+            )
         return weight
 
 

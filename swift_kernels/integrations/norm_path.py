@@ -3,7 +3,7 @@
 In an eager decode step, the norm that takes or returns a selected entry is replaced by one kernel that normalises and
 takes the dot products on the way; the last one closes the step. Other RMSNorms of the model become one kernel each as
 well. Everywhere else, in a prefill, with gradients, under torch.compile, the stock norm runs, and what is to be scored
-there is gathered.
+there is gathered. Whether a forward is scored here is decided once, as its first layer begins.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class NormPath:
         self._head = head
         self._buffers, self._closed = buffers, closed
         self._layout = features.model_layout(model)
-        self._inside = self._decided = self._left_layers = False
+        self._eager_modules = [*self._layout.layers, *(norm.module for norm in self._scored)]
+        self._inside = self._left_layers = False
         self._step: Step | None = None
         self._expected: Tensor | None = None
         self._next_entry = 0
@@ -120,30 +121,14 @@ class NormPath:
                 patches.callback(patch(norm.module, "forward", functools.partial(self._score, norm, place)))
             for norm in self._plain:
                 patches.callback(patch(norm.module, "forward", functools.partial(self._normalise, norm)))
+            patches.callback(patch(self._layout.layers[0], "forward", self._run_first_layer))
             patches.callback(patch(self._layout.layers[-1], "forward", self._run_last_layer))
             patches.callback(patch(self._layout.decoder, "forward", self._run_decoder))
         return patches
 
-    def scores(self, entry: Tensor) -> bool:
-        """Whether the forward that these `[batch, tokens, width]` hidden states belong to is scored inside the norms.
-
-        Decided once for each forward of the decoder, by the first that asks: never under torch.compile, with gradients,
-        or in another dtype than the norms were probed in.
-        """
-        if not self._inside or torch.compiler.is_compiling():
-            return False
-        if not self._decided:
-            self._decided = True
-            if (
-                entry.dim() == 3
-                and entry.shape[1] == 1
-                and entry.dtype == self._dtype
-                and not torch.is_grad_enabled()
-                and not any(layer._compiled_call_impl is not None for layer in self._layout.layers)
-            ):
-                buffers = self._buffers()
-                self._step = None if buffers is None else self._make_step(*buffers)
-        return self._step is not None
+    def scores(self) -> bool:
+        """Whether the forward that is running is scored inside the norms."""
+        return self._step is not None and not torch.compiler.is_compiling()
 
     def expect(self, k: int, entry: Tensor) -> None:
         """Told of entry k of a step as the model comes to it.
@@ -160,7 +145,7 @@ class NormPath:
 
     def reset(self) -> None:
         """Forgets the forward of the decoder that ended or was broken off."""
-        self._inside = self._decided = self._left_layers = False
+        self._inside = self._left_layers = False
         self._step = self._expected = None
         self._next_entry = 0
 
@@ -189,6 +174,22 @@ class NormPath:
         finally:
             self.reset()
 
+    def _run_first_layer(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Decides for the whole forward: never under torch.compile, with gradients, or in another dtype than the norms
+        were probed in."""
+        if self._inside and not torch.compiler.is_compiling():
+            entry = features.layer_input(args, kwargs)
+            if (
+                entry.dim() == 3
+                and entry.shape[1] == 1
+                and entry.dtype == self._dtype
+                and not torch.is_grad_enabled()
+                and not any(module._compiled_call_impl is not None for module in self._eager_modules)
+            ):
+                buffers = self._buffers()
+                self._step = None if buffers is None else self._make_step(*buffers)
+        return stock(*args, **kwargs)
+
     def _run_last_layer(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = stock(*args, **kwargs)
         if not torch.compiler.is_compiling():
@@ -199,7 +200,7 @@ class NormPath:
         # In every norm of every step: between two matrix multiplications little of Python is in the cache, and a call
         # or an attribute more costs several times what it does in a loop.
         k = place.entry
-        if kwargs or len(args) != 1 or not self.scores(args[0]) or k < self._next_entry:
+        if kwargs or len(args) != 1 or not self.scores() or k < self._next_entry:
             return stock(*args, **kwargs)
         if place.score_output and not self._left_layers:  # as of an early exit, which looks at a layer's output
             return stock(*args, **kwargs)
@@ -225,7 +226,7 @@ class NormPath:
             or hidden_states.shape[1] != 1
             or hidden_states.stride(2) != 1
             or hidden_states.dtype != self._dtype
-            or not self.scores(hidden_states)
+            or not self.scores()
         ):
             return stock(hidden_states)
         rows = hidden_states[:, 0]
@@ -234,8 +235,8 @@ class NormPath:
     def _fail(self, k: int, what: str) -> None:
         self.reset()
         raise NotScoredError(
-            f"entry {k} cannot be scored inside its {type(self._scored[k].module).__name__}: {what}; attach with "
-            'fuse="gather"'
+            f"entry {k} cannot be scored inside its {type(self._scored[k].module).__name__}: {what}. Is a part "
+            'of the model compiled by itself, or left out? Attach with fuse="gather"'
         )
 
 

@@ -56,8 +56,8 @@ def attach(
         model: a decoder-only model of transformers.
         head: its hidden states or logits, layers and widths must fit the model.
         fuse: "gather", one kernel beside the model at each step, which leaves generation bitwise as it was; or
-            "norm", inside the model's RMSNorms in eager steps, which makes those faster and may flip a last bit of
-            what the model computes.
+            "norm", inside the model's RMSNorms in eager steps, as they are when this is called: faster, also where a
+            norm reads nothing that is scored, and may flip a last bit of what the model computes.
         trace: keeps every scored token's gate and reward (`Scorer.trace`), 8 bytes a token.
         allow_mismatch: attaches although the head was trained on another model.
 
@@ -244,7 +244,7 @@ class Scorer:
         """Receives the selected entries of a forward in turn, and scores the step at the last one."""
         if not self._active:
             return
-        if self._norms is not None and self._norms.scores(entry):
+        if self._norms is not None and self._norms.scores():
             self._norms.expect(k, entry)
             return
         if k == 0 and self._entries:  # of a forward that was broken off

@@ -187,7 +187,7 @@ def _variant(name: str, model: Any) -> Iterator[Step]:
                 yield bare
 
 
-def _always(norms: norm_path.NormPath, _entry: Tensor) -> bool:
+def _always(norms: norm_path.NormPath) -> bool:
     buffers = norms._buffers()
     assert buffers is not None
     norms._step, norms._left_layers = norms._make_step(*buffers), True

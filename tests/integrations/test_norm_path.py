@@ -209,6 +209,51 @@ def test_a_norm_that_reads_no_entry_may_be_called_with_anything(odd):
     assert torch.equal(got[0], expected)
 
 
+def test_a_norm_called_on_one_token_makes_no_step_of_a_prefill():
+    model = fresh_model()
+    layer = model.model.layers[0]
+    ids = torch.arange(15).view(3, 5)
+    with torch.no_grad():
+        stock = model(input_ids=ids, use_cache=False).logits
+        with attach(model, SwiftHead.for_model(model), fuse="norm") as scorer:
+            scorer.begin(torch.arange(3))
+            hook = layer.register_forward_pre_hook(
+                lambda *_: (
+                    [norm(torch.ones(3, 1, 32)) for norm in (layer.post_attention_layernorm, model.model.norm)] and None
+                )
+            )
+            logits = model(input_ids=ids, use_cache=False).logits
+            hook.remove()
+            with pytest.raises(NotScoredError, match="no forward of one position was scored"):
+                scorer.scores()
+    assert torch.equal(logits, stock)
+
+
+def test_a_step_whose_norm_is_compiled_by_itself_gathers():
+    model = fresh_model()
+    ids = torch.ones(3, 1, dtype=torch.int64)
+    with torch.no_grad(), attach(model, SwiftHead.for_model(model), fuse="norm") as scorer:
+        scorer.begin(torch.arange(3))
+        model(input_ids=ids, use_cache=False)
+        expected = scorer.scores()
+        model.model.layers[1].input_layernorm.compile(backend="eager")
+        scorer.begin(torch.arange(3))
+        model(input_ids=ids, use_cache=False)
+        assert "gather" in scorer.describe().partition("ran so far:")[2]
+        torch.testing.assert_close(scorer.scores(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_that_was_taken_away_while_attached_is_named():
+    model = fresh_model()
+    norm = model.model.layers[0].post_attention_layernorm
+    with torch.no_grad(), attach(model, SwiftHead.for_model(model), fuse="norm") as scorer:
+        scorer.begin(torch.arange(3))
+        nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+        with pytest.raises(RuntimeError, match=r"weight of a fused .*LlamaRMSNorm .* attach again"):
+            model(input_ids=torch.ones(3, 1, dtype=torch.int64), use_cache=False)
+        nn.utils.parametrize.remove_parametrizations(norm, "weight")
+
+
 def test_gradients_are_left_to_the_stock_norms():
     model = fresh_model()
     tokens = torch.full((2, 1), 9)
