@@ -1,66 +1,77 @@
-"""Tokens a second of decoding, with and without scoring, step by step in turn.
+"""Measures whole decode steps of a model, with and without scoring.
 
-    python bench/decode.py [--model smollm2|8b] [--layers N] [--rows 64] [--quick] [--json] [--device cpu]
+    python -m bench.decode [--models smollm2,8b] [--layers N] [--rows 64] [--contexts 16,4096] [--how eager,compiled]
 
-`8b` has the shape of Llama-3.1-8B and random weights: two layers of it on the CPU, all 32 on a GPU. Contenders:
+Llama-3.1-8B stands for its shape with random weights: two layers of it on a CPU, all 32 on a GPU. Contenders:
 
     bare          the stock model
-    gather        attach(model, head), one kernel beside the model at each step
-    norm          attach(model, head, fuse="norm"), inside the model's norms
+    gather        attach(model, head): one kernel beside the model at each step
+    norm          attach(model, head, fuse="norm"): inside the model's norms
     norm, bare    the same fused norms, which score no row
     naive         output_hidden_states, and the authors' way at each step: every layer to float32, cat, nn.Linear
 
-On a GPU also `graph, bare`, `graph, gather` and `graph, norm`: the same step captured into a CUDA graph and replayed.
-Each contender has modules and a cache of its own around the same parameters, and all take turns: at every step on the
-CPU, whose speed drifts within seconds, and every 16 steps on a GPU, which is not to wait in between. A figure is the
-median ratio to `bare` (or `graph, bare`) in the same turn.
+each of them eager, under torch.compile with a static cache, and as CUDA graphs of both. Each has modules and a cache of
+its own around the same parameters, and all take turns: at every step on a CPU, whose speed drifts within seconds, every
+16 steps on a GPU, which is not to wait in between. Before anything is timed, all that score have to agree. The floor is
+reading parameters and cache once.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
-import json
-import statistics
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import common
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from torch import Tensor
+from transformers import StaticCache
 
-from swift_kernels import SwiftHead, attach, reference, schema
+from bench import harness, shapes
+from bench.clocks import Call, Replay
+from bench.floors import Floors
+from bench.harness import Bench
+from bench.results import Case, Labels
+from bench.summary import Sample
+from swift_kernels import SwiftHead, attach, reference
 
 PROMPT, STEPS = 16, 16
-"""Tokens of the prompt, and decoded in each timed run."""
+"""Tokens that are really prefilled, and decoded from there before the cache is rewound."""
 
-ROUNDS = {"cpu": 15, "cuda": 25}
+SAMPLES = {"cpu": 60, "cuda": 25}
+LONG = 4096
+CONTENDERS = {
+    "eager": ("bare", "gather", "norm", "norm, bare", "naive"),
+    # Compiled, "norm" gathers: a norm that the compiler cannot see into would keep it from fusing what is around it.
+    "compiled": ("bare", "gather", "naive"),
+}
+CACHE_BYTES = 20e9
+"""Of one cache. Each contender has its own: contexts too long for many rows are left out."""
 
-CONTENDERS = ("bare", "gather", "norm", "norm, bare", "naive")
-GRAPHS = ("graph, bare", "graph, gather", "graph, norm")
+TOLERANCE = {"gather": 1e-3, "norm": 0.1}
+"""Between scores, in units of the rewards' root mean square. Eager `gather` sees the hidden states that `naive` sees,
+and differs by float32's order of additions. Norms that add in another order, and compilers, move last bits of bfloat16
+in every layer, which a model amplifies; what is scored wrongly is off by the order of 1."""
 
 
 class Decoder:
     """A model, a static cache, and one decode step on buffers that stay where they are."""
 
-    def __init__(self, model: Any, rows: int) -> None:
+    def __init__(self, model: Any, rows: int, context: int) -> None:
         device = model.device
-        self.model, self.rows = model, rows
-        self.length = PROMPT + STEPS
+        self.model, self.rows, self.context = model, rows, context
+        self.length = context + STEPS
         self.cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
         self.places = torch.arange(self.length, device=device)[None, None, None]
         self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.slots = torch.arange(rows, device=device)
         generator = torch.Generator().manual_seed(0)
-        vocabulary = model.config.vocab_size
-        self.prompt = torch.randint(vocabulary, (rows, PROMPT), generator=generator).to(device)
+        self.prompt = torch.randint(model.config.vocab_size, (rows, PROMPT), generator=generator).to(device)
         for start in range(0, PROMPT, 4):  # in parts, to keep the memory of the prefill small
             columns = torch.arange(start, start + 4, device=device)
             model(
@@ -70,207 +81,223 @@ class Decoder:
                 past_key_values=self.cache,
                 logits_to_keep=1,
             )
+        # The rest of a long context need not make sense; it has to be read.
+        noise = torch.Generator(device).manual_seed(1)
+        layers: Any = self.cache.layers
+        for layer in layers:
+            for entry in (layer.keys, layer.values):
+                entry[:, :, PROMPT:context].normal_(generator=noise)
 
     def rewind(self) -> None:
-        """Back to the end of the prompt, in the same buffers: the mask hides what the cache holds beyond it."""
+        """Back to the end of the context, in the same buffers: the mask hides what the cache holds beyond it."""
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(PROMPT)
-        self.token.copy_(self.prompt[:, :1])
-        self.position.fill_(PROMPT)
+            layer.cumulative_length.fill_(self.context)
+        self.position.fill_(self.context)
 
     def step(self, **options: Any) -> Any:
         output = self.model(
-            input_ids=self.token,
+            # Not what was sampled: one last bit in a logit would send contenders on different ways.
+            input_ids=self.prompt[:, :1],
             position_ids=self.position,
             attention_mask=(self.places <= self.position).expand(self.rows, 1, 1, self.length),
             past_key_values=self.cache,
             **options,
         )
-        self.token.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
+        self.sampled.copy_(output.logits[:, -1].argmax(-1, keepdim=True))
         self.position.add_(1)
         return output
 
 
-@dataclass
 class Contender:
-    decoder: Decoder
-    step: Callable[[], Any]
-    scorer: Any = None
+    """One way to decode a step, until the stack is closed."""
 
+    def __init__(self, name: str, how: str, model: Any, head: SwiftHead, decoder_of: Any, stack: ExitStack) -> None:
+        # Modules of its own: attaching to them, or asking them for hidden states, is not noticed elsewhere.
+        tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        own = copy.deepcopy(model, tensors)
+        self.name = name
+        self.decoder: Decoder = decoder_of(own)
+        self.step: Call = self.decoder.step
+        self._scorer: Any = None
+        self._slots = self.decoder.slots
+        self._sums = torch.zeros(self.decoder.rows, 2, device=model.device)
+        self._token_count = torch.zeros(self.decoder.rows, dtype=torch.int32, device=model.device)
+        if name == "naive":
+            self.step = self._naive_step(head)
+        elif name != "bare":
+            self._scorer = stack.enter_context(attach(own, head, fuse="norm" if "norm" in name else "gather"))
+            self._scorer.warmup(self.decoder.rows)
+            if "bare" in name:
+                self._slots = torch.full_like(self._slots, -1)
+        self.reset()
+        if how == "compiled":
+            self.step()  # transformers installs what captures hidden states in the first call, which cannot be traced
+            self.reset()
+            self.step = torch.compile(self.step, fullgraph=True, dynamic=False)
 
-def contender(name: str, model: Any, head: SwiftHead, rows: int, stack: ExitStack) -> Contender:
-    """One decode step as `name` does it, until the stack is closed."""
-    # Modules of its own: attaching to them, or asking them for hidden states, is not noticed elsewhere.
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-    decoder = Decoder(model, rows)
-    step: Callable[[], Any] = decoder.step
-    scorer = None
-    if name == "naive":
-        step = naive(decoder, head)
-    elif "gather" in name or "norm" in name:
-        scorer = stack.enter_context(attach(model, head, fuse="norm" if "norm" in name else "gather"))
-        scorer.warmup(rows)
-        scorer.begin(torch.full_like(decoder.slots, -1) if name == "norm, bare" else decoder.slots)
-    if name.startswith("graph"):
-        step = captured(step, decoder).replay
-    return Contender(decoder, step, scorer)
+    def _naive_step(self, head: SwiftHead) -> Call:
+        linear = torch.nn.Linear(head.config.num_features, 2, device=head.weight.device)
+        linear.load_state_dict(head.state_dict())
 
+        def step() -> None:
+            states = self.decoder.step(output_hidden_states=True).hidden_states
+            logits = linear(torch.cat([state[:, -1].float() for state in states], dim=1))
+            gate, reward = reference.gate_and_reward(logits)
+            self._sums.add_(torch.stack([gate * reward, gate], dim=1))
+            self._token_count.add_(1)
 
-def captured(step: Callable[[], Any], decoder: Decoder) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    decoder.rewind()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+        return step
 
+    def reset(self) -> None:
+        """Back to the first step, with nothing scored."""
+        self.decoder.rewind()
+        self._sums.zero_()
+        self._token_count.zero_()
+        if self._scorer is not None:
+            self._scorer.begin(self._slots)
 
-def naive(decoder: Decoder, head: SwiftHead) -> Callable[[], None]:
-    linear = torch.nn.Linear(head.config.num_features, 2, device=head.weight.device)
-    linear.load_state_dict(head.state_dict())
-    sums = torch.zeros(decoder.rows, 2, device=head.weight.device)
-    token_count = torch.zeros(decoder.rows, dtype=torch.int32, device=head.weight.device)
+    def scores(self) -> tuple[Tensor, Tensor]:
+        """And how many tokens they rest on."""
+        if self._scorer is None:
+            return reference.finalize(self._sums, self._token_count), self._token_count.clone()
+        return self._scorer.scores(), self._scorer.token_counts()
 
-    def step() -> None:
-        states = decoder.step(output_hidden_states=True).hidden_states
-        logits = linear(torch.cat([state[:, -1].float() for state in states], dim=1))
-        gate, reward = reference.gate_and_reward(logits)
-        sums.add_(torch.stack([gate * reward, gate], dim=1))
-        token_count.add_(1)
-
-    return step
+    def captured(self) -> Call:
+        """The step as a CUDA graph, on the same buffers."""
+        replay = Replay([self.step], self.decoder.model.device)
+        self.reset()
+        return replay
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smollm2", "8b"), default="smollm2")
-    parser.add_argument("--layers", type=int, help="of the 8b shape; 2 on the CPU and 32 on a GPU unless told")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--rounds", type=int, help=f"of {STEPS} tokens; 15 on the CPU and 25 on a GPU unless told")
-    parser.add_argument("--quick", action="store_true", help="5 rounds")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of a table")
-    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--models", help="comma-separated, of: smollm2, 8b; both on a CPU and 8b on a GPU, unless told")
+    parser.add_argument("--layers", type=int, help="of the 8b shape; 2 on a CPU and 32 on a GPU unless told")
+    parser.add_argument("--rows", help="comma-separated")
+    parser.add_argument("--contexts", default="16", help="tokens in the cache, comma-separated; 16 unless told")
+    parser.add_argument("--how", default="eager", help="comma-separated, of: eager, compiled")
+    parser.add_argument("--sweep", action="store_true", help=f"1 to 256 rows, {PROMPT} and {LONG} tokens, all modes")
     options = parser.parse_args()
-    device = common.choose_device(options.device)
-    rounds = 5 if options.quick else options.rounds or ROUNDS[device.type]
-    layers = options.layers or (2 if device.type == "cpu" else 32)
-    with torch.no_grad():
-        model = make_model(options.model, layers, device)
-        head = SwiftHead.for_model(model)
-        result = {
-            "environment": common.environment(device),
-            "implementation": schema.implementation(device.type),
-            "model": options.model,
-            "layers": model.config.num_hidden_layers,
-            "dtype": str(model.dtype),
-            "rows": options.rows,
-            "prompt": PROMPT,
-            "tokens_a_round": STEPS,
-            **measure(model, head, options.rows, rounds, device),
-        }
-    path = common.write_result(device, f"decode_{options.model}_{options.rows}_rows", result)
-    if options.json:
-        print(json.dumps(result))
+    with torch.no_grad(), Bench("decode", options) as bench:
+        models: dict[str, tuple[Any, str]] = {}
+        for model, how, rows, context in plan(options, bench):
+            if model not in models:
+                models = {model: make_model(model, options.layers, bench)}  # one at a time in memory
+            measure(bench, *models[model], how, rows, context)
+
+
+def plan(options: argparse.Namespace, bench: Bench) -> Iterator[tuple[str, str, int, int]]:
+    """Model, how, rows and context, the most telling first."""
+    if bench.quick:
+        yield from (("tiny", "eager", 2, 16), ("tiny", "compiled", 2, 20))
+    elif options.models or options.rows:
+        models, rows = (options.models or "8b").split(","), map(int, (options.rows or "64").split(","))
+        yield from itertools.product(models, options.how.split(","), rows, map(int, options.contexts.split(",")))
+    elif bench.device.type == "cpu":
+        yield from (("smollm2", "eager", 64, PROMPT), ("smollm2", "eager", 1, PROMPT))
+        yield from (("8b", "eager", 64, PROMPT), ("8b", "compiled", 64, PROMPT))
     else:
-        print_table(result)
-        print(f"every sample: {path}")
+        headline = [("8b", "eager", 64, PROMPT), ("8b", "eager", 1, PROMPT), ("8b", "compiled", 64, PROMPT)]
+        yield from headline
+        if options.sweep:
+            every = itertools.product(["8b"], CONTENDERS, (1, 8, 64, 256), (PROMPT, LONG))
+            yield from (point for point in every if point not in headline)
 
 
-def make_model(name: str, layers: int, device: torch.device) -> Any:
+def make_model(name: str, layers: int | None, bench: Bench) -> tuple[Any, str]:
+    """The model, and what tables call it."""
     if name == "smollm2":
         from swift_kernels.integrations.models import load_model
 
-        return load_model("smollm2", torch.bfloat16, device)[0]
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        return load_model(name, torch.bfloat16, bench.device)[0], "SmolLM2-135M"
+    shape = (
+        shapes.TINY if name == "tiny" else shapes.LLAMA_8B.cut(layers or (2 if bench.device.type == "cpu" else None))
     )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    return shapes.llama(shape, bench.device), shape.name
 
 
-def measure(model: Any, head: SwiftHead, rows: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    seconds: Callable[[Callable[[], Any]], float | None] = common.cuda_seconds if cuda else common.seconds
-    steps = STEPS if cuda else 1
-    samples: dict[str, list[float | None]] = {}
-    for group in [CONTENDERS, GRAPHS] if cuda else [CONTENDERS]:
-        samples.update({name: [] for name in group})
-        with ExitStack() as stack:
-            contenders = {name: contender(name, model, head, rows, stack) for name in group}
-            for turn in range(rounds + 1):
-                print(f"\rround {turn} of {rounds}", end="", file=sys.stderr)
-                for each in contenders.values():
-                    each.decoder.rewind()
-                for part in range(STEPS // steps):
-                    order = group[part % len(group) :] + group[: part % len(group)]
-                    for name in order if turn % 2 else order[::-1]:
-                        elapsed = seconds(functools.partial(run, contenders[name].step, steps))
-                        if turn:  # the first round warms up
-                            samples[name].append(elapsed)
-            print(file=sys.stderr)
-            for name, each in contenders.items():
-                if each.scorer is not None:
-                    check(name, each.scorer.scores())
-    return {"steps_of_a_sample": steps, "seconds": samples}
+def measure(bench: Bench, model: Any, name: str, how: str, rows: int, context: int) -> None:
+    """Adds the case of steps that are called, and on a GPU that of graphs of the same steps."""
+    modes = [how, f"{how}, CUDA graph"] if bench.device.type == "cuda" or bench.quick else [how]
+    every: list[Labels] = [{"model": name, "rows": rows, "context": context, "mode": mode} for mode in modes]
+    config = model.config
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width * model.dtype.itemsize
+    cache_bytes *= rows * context
+    if cache_bytes > CACHE_BYTES:
+        return
+    wanted = [labels for labels in every if bench.wants(labels)]
+    if not wanted:
+        return
+    moved = cache_bytes + sum(tensor.nbytes for tensor in model.parameters())
+    if not config.tie_word_embeddings:  # of the input embeddings only the rows of the tokens
+        moved -= model.get_input_embeddings().weight.nbytes
+    head = SwiftHead.for_model(model)
+    torch.compiler.reset()
+    with ExitStack() as stack:
+        decoder_of = partial(Decoder, rows=rows, context=context)
+        contenders = [Contender(each, how, model, head, decoder_of, stack) for each in CONTENDERS[how]]
+        check(contenders, how, [each.step for each in contenders], head, bench)
+        for labels in wanted:
+            steps = [each.step for each in contenders]
+            if labels["mode"] != how:
+                steps = [each.captured() for each in contenders]
+                check(contenders, how, steps, head, bench)
+            floors = Floors(bench.clock, bench.device, moved, quick=bench.quick)
+            turns = {each.name: turn(bench, each, step) for each, step in zip(contenders, steps, strict=True)}
+            samples = harness.take_turns(turns, bench.samples(SAMPLES[bench.device.type]), floors)
+            bench.add(Case(labels, "bare", samples, moved=moved, floors=floors.seconds, faster=True))
 
 
-def check(name: str, scores: torch.Tensor) -> None:
-    """Exits unless every row has been scored, or none where none was to be."""
-    expected = 0 if name == "norm, bare" else scores.numel()
-    if int(scores.isfinite().sum()) != expected:
-        sys.exit(f"{name}: {int(scores.isfinite().sum())} rows have a score, expected {expected}; no figure")
+def turn(bench: Bench, contender: Contender, step: Call) -> Callable[[int], Sample]:
+    """A step on a CPU, or the mean of as many as the cache has room for on a GPU."""
+    steps = STEPS if bench.device.type == "cuda" else 1
+
+    def sample(number: int) -> Sample:
+        if number * steps % STEPS == 0:
+            contender.decoder.rewind()
+        elapsed = bench.clock(lambda: [step() for _ in range(steps)])
+        return elapsed and elapsed / steps
+
+    return sample
 
 
-def run(step: Callable[[], Any], steps: int) -> None:
-    for _ in range(steps):
-        step()
-
-
-def print_table(result: dict[str, Any]) -> None:
-    environment = result["environment"]
-    console = Console(width=max(110, Console().width))
-    table = Table(
-        title=f"{result['rows']} rows decoded by {result['model']} ({result['layers']} layers, {result['dtype']}), "
-        f"{result['implementation']!r}, on {environment['device']}, {environment['threads']} threads",
-        title_justify="left",
-    )
-    for column in ("", "tokens/s", "of bare", "95% interval", "pairs"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    tokens = result["rows"] * result["steps_of_a_sample"]
-    for name, samples in result["seconds"].items():
-        bare = result["seconds"]["graph, bare" if name.startswith("graph") else "bare"]
-        ratios = [before / after for before, after in zip(bare, samples, strict=True) if before and after]
-        taken = [sample for sample in samples if sample]
-        if len(ratios) < 3:
-            table.add_row(name, "disturbed", "", "", str(len(ratios)))
+def check(contenders: list[Contender], how: str, steps: list[Call], head: SwiftHead, bench: Bench) -> None:
+    """Exits unless every contender that scores gives every row the score that `naive` gives it."""
+    found = {}
+    for contender, step in zip(contenders, steps, strict=True):
+        contender.reset()
+        for _ in range(STEPS):
+            step()
+        found[contender.name] = contender.scores()
+        contender.reset()
+    expected = found["naive"][0]
+    unit = reward_magnitude(contenders[0], head)
+    for name, (scores, token_count) in found.items():
+        if name == "bare":
             continue
-        ratio = common.Summary.of(ratios)
-        table.add_row(
-            name,
-            f"{tokens / statistics.median(taken):.1f}",
-            f"{ratio.median:.2%}",
-            f"{ratio.low:.2%} .. {ratio.high:.2%}",
-            str(len(ratios)),
-        )
-    console.print(table)
+        if name == "norm, bare":
+            if scores.isfinite().any():
+                sys.exit(f"{name} scores rows that it was told to skip; not timed")
+            continue
+        error = float((scores - expected).abs().max()) / unit
+        tolerance = TOLERANCE["norm" if how == "compiled" else name] if name != "naive" else 0.0
+        print(f"{name}: scores within {error:.1e} of the rewards' size of naive's", file=sys.stderr)
+        if not error <= tolerance or not (token_count == STEPS).all():
+            sys.exit(
+                f"{name}: scores are off by {error:.1e} of the rewards' size, at most {tolerance} was expected, over "
+                f"{token_count.unique().tolist()} tokens of {STEPS}; not timed"
+            )
+
+
+def reward_magnitude(contender: Contender, head: SwiftHead) -> float:
+    """Root mean square of the rewards of one step."""
+    contender.reset()
+    states = contender.decoder.model(
+        input_ids=contender.decoder.prompt, output_hidden_states=True, logits_to_keep=1
+    ).hidden_states
+    rewards = reference.project([state.flatten(0, 1) for state in states], head.weight, head.bias)[:, 1]
+    return float(rewards.square().mean().sqrt())
 
 
 if __name__ == "__main__":

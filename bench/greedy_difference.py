@@ -1,6 +1,6 @@
-"""How often greedy tokens change when scores are taken inside the model's norms, in bfloat16.
+"""Counts how often greedy tokens change when scores are taken inside the model's norms, in bfloat16.
 
-    python bench/greedy_difference.py [--answers 1000] [--json] [--device cpu]
+    python -m bench.greedy_difference [--answers 1000]
 
 SmolLM2 answers sums greedily: the stock model, and `attach(model, head, fuse="norm")`. For scale, the stock model
 again in batches of another size: matrix multiplications change their last bits with the batch, too. Once a token
@@ -9,13 +9,13 @@ differs what follows is another answer, so tokens are compared up to the first t
 
 from __future__ import annotations
 
-import argparse
-import json
 from typing import Any
 
-import common
 import torch
 
+from bench import harness
+from bench.harness import Bench
+from bench.results import Case, Labels
 from swift_kernels import SwiftHead, attach
 from swift_kernels.evaluation.tasks import get_task
 from swift_kernels.integrations.models import load_model
@@ -24,39 +24,31 @@ BATCH, OTHER_BATCH = 64, 40
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", type=int, default=1000)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--device", help="cpu or cuda; by default cuda where there is one")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--answers", type=int, help="1000 unless told")
     options = parser.parse_args()
-    device = common.choose_device(options.device)
-    model, tokenizer = load_model("smollm2", torch.bfloat16, device)
-    head = SwiftHead.for_model(model)
-    stock = answers(model, tokenizer, options.answers, BATCH)
-    with attach(model, head, fuse="norm") as scorer:
-        fused = answers(model, tokenizer, options.answers, BATCH)
-        described = scorer.describe()
-    other = answers(model, tokenizer, options.answers, OTHER_BATCH)
-    result = {
-        "environment": common.environment(device),
-        "scorer": described,
-        "answers": options.answers,
-        "norm": compare(stock, fused),
-        f"stock in batches of {OTHER_BATCH}": compare(stock, other),
+    with Bench("greedy_difference", options) as bench:
+        count = options.answers or (8 if bench.quick else 1000)
+        labels: Labels = {"model": "SmolLM2-135M", "answers": count}
+        if bench.wants(labels):
+            measure(bench, labels, count)
+
+
+def measure(bench: Bench, labels: Labels, count: int) -> None:
+    model, tokenizer = load_model("smollm2", torch.bfloat16, bench.device)
+    stock = answers(model, tokenizer, count, BATCH)
+    with attach(model, SwiftHead.for_model(model), fuse="norm"):
+        fused = answers(model, tokenizer, count, BATCH)
+    contenders = {
+        'fuse="norm"': fused,
+        f"stock, batches of {OTHER_BATCH}": answers(model, tokenizer, count, OTHER_BATCH),
     }
-    path = common.write_result(device, "greedy_difference", result)
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(described)
-    for name in ("norm", f"stock in batches of {OTHER_BATCH}"):
-        found = result[name]
-        print(
-            f"{name}: {found['answers_that_differ']} of {options.answers} greedy answers differ from the stock model's "
-            f"in batches of {BATCH}; {found['tokens_that_differ']} of {found['tokens_compared']} tokens compared "
-            f"({found['tokens_that_differ'] / found['tokens_compared']:.3%})"
-        )
-    print(path)
+    found = {f"stock, batches of {BATCH}": (0, sum(map(len, stock)))}
+    found |= {name: compare(stock, each) for name, each in contenders.items()}
+    differ: dict[str, list[float | None]] = {name: [answers_differ] for name, (answers_differ, _) in found.items()}
+    compared = {name: float(tokens) for name, (_, tokens) in found.items()}
+    reference = f"stock, batches of {BATCH}"
+    bench.add(Case(labels, reference, differ, "answers that differ", metrics={"tokens compared": compared}))
 
 
 @torch.no_grad()
@@ -75,7 +67,8 @@ def answers(model: Any, tokenizer: Any, count: int, batch: int) -> list[list[int
     return found
 
 
-def compare(before: list[list[int]], after: list[list[int]]) -> dict[str, int]:
+def compare(before: list[list[int]], after: list[list[int]]) -> tuple[int, int]:
+    """How many answers differ, and how many tokens were compared until they did."""
     differ = compared = 0
     for first, second in zip(before, after, strict=True):
         same = next((i for i, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
@@ -84,7 +77,7 @@ def compare(before: list[list[int]], after: list[list[int]]) -> dict[str, int]:
         else:
             differ += 1
             compared += min(len(first), len(second)) if same is None else same + 1
-    return {"answers_that_differ": differ, "tokens_that_differ": differ, "tokens_compared": compared}
+    return differ, compared
 
 
 if __name__ == "__main__":

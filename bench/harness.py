@@ -1,0 +1,136 @@
+"""What every benchmark's command line has in common, and how contenders take turns."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import clocks, results, tables
+from bench.floors import Floors
+from bench.results import Case, Labels, Result
+from bench.summary import Sample
+
+PATIENCE = 3
+"""Rounds for each sample that is asked for, before a busy machine is given up on."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--quick", action="store_true", help="tiny shapes and few samples, to try everything out: no figures to quote"
+    )
+    made.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, unless told")
+    made.add_argument("--threads", type=int, help="on a CPU; with 1, CPU time is measured, even on a busy machine")
+    made.add_argument("--samples", type=int, help="of each contender")
+    made.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no new case is begun")
+    made.add_argument("--resume", action="store_true", help="keep the cases that were measured on the same tree before")
+    made.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the results")
+    return made
+
+
+class Bench:
+    """One run of a benchmark: measures case after case and saves each as it comes.
+
+    with Bench("score_step", options) as bench:
+        for labels in ...:
+            if bench.wants(labels):
+                bench.add(measure(labels))
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace, threads: int | None = None, **settings: Any) -> None:
+        self.quick: bool = options.quick
+        cuda = options.device == "cuda" or (options.device is None and torch.cuda.is_available())
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.set_num_threads(threads or options.threads or (1 if self.quick else torch.get_num_threads()))
+        self.clock = clocks.clock_for(self.device)
+        self._options = options
+        self._folder = results.folder_of(self.device, options.results)
+        self._begun = time.monotonic()
+        self._left_out: list[Labels] = []
+        settings = {"clock": self.clock.__name__, "quick": self.quick, **settings}
+        if options.threads and not threads:
+            name += f"_{options.threads}_threads"
+        self.result = Result(name, results.environment(self.device), settings)
+        if self.quick and options.results == results.RESULTS:
+            raise SystemExit(
+                "--quick makes no figures to keep: expected --results FOLDER with it, outside bench/results"
+            )
+
+    def __enter__(self) -> Bench:
+        path = self._folder / f"{self.result.name}.json"
+        if self._options.resume and path.exists():
+            before = Result.load(path)
+            if self.result.continues(before):
+                self.result.cases = before.cases
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        if not self.result.cases:
+            raise SystemExit(f"{self.result.name}: nothing was measured")
+        path = self.result.save(self._folder)
+        if self._options.json:
+            print(json.dumps(dataclasses.asdict(self.result)))
+            return
+        console = Console(width=max(132, Console().width))
+        tables.print_result(self.result, console)
+        for labels in self._left_out:
+            console.print(f"not measured for lack of time: {Case(labels, '', {}).title()}")
+        console.print(f"every sample: {path}", soft_wrap=True)
+        from bench import plots
+
+        console.print(plots.plot_if_possible(self.result, path.with_suffix(".png")), soft_wrap=True)
+
+    def samples(self, usual: int) -> int:
+        """How many of each contender: as told, or so many; few in a quick run."""
+        return self._options.samples or (3 if self.quick else usual)
+
+    def wants(self, labels: Labels) -> bool:
+        """Whether this case is to be measured: not measured before, and within the time that was given."""
+        if any(case.labels == labels for case in self.result.cases):
+            return False
+        if time.monotonic() - self._begun > self._options.budget:
+            self._left_out.append(labels)
+            return False
+        print(f"{self.result.name}: {Case(labels, '', {}).title()}", file=sys.stderr, flush=True)
+        return True
+
+    def add(self, case: Case) -> None:
+        self.result.cases.append(case)
+        self.result.save(self._folder)
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[int], Sample]], wanted: int, floors: Floors | None = None
+) -> dict[str, list[Sample]]:
+    """Rounds in which each contender is measured once, until each has as many undisturbed samples as wanted.
+
+    A contender gets the number of the round and returns its sample. Nobody always follows the same neighbour: who runs
+    second finds another cache than who runs third.
+    """
+    names = list(contenders)
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    for turn in range(PATIENCE * wanted):
+        if floors is not None:
+            floors.sample(always=turn < 6)
+        first = turn % len(names)
+        order = names[first:] + names[:first]
+        for name in order if turn // len(names) % 2 else order[::-1]:
+            samples[name].append(contenders[name](turn))
+        if min(sum(sample is not None for sample in found) for found in samples.values()) >= wanted:
+            break
+    return samples

@@ -1,0 +1,2 @@
+def plot_if_possible(result, path):
+    return "no plot"
