@@ -1,0 +1,3 @@
+from tests.instructions.report import main
+
+main()
