@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": git_commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "load_average": os.getloadavg(),
     }
 

@@ -59,7 +59,7 @@ class Ratio:
         """Of two contenders' samples by round. A round in which one was disturbed says nothing."""
         ratios = [a / b for a, b in zip(numerators, denominators, strict=True) if a is not None and b]
         found = Summary.of(ratios)
-        return found and Ratio(found.median, found.low, found.high)
+        return None if found is None else Ratio(found.median, found.low, found.high)
 
     @property
     def differs(self) -> bool:
