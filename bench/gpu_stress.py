@@ -1,6 +1,6 @@
 """Looks for a race in `score_step`: launches on two streams with two states, while L2 is overwritten again and again.
 
-    python bench/gpu_stress.py --launches 100000
+    python -m bench.gpu_stress --launches 100000
 
 The partial sums of a program travel through L2 to the last one to finish. Were one read before it arrived, a step would
 see a sum of another step. So the inputs change from launch to launch, and every launch's gates and rewards are compared

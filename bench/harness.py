@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import clocks, results, tables
+from bench import clocks, plots, results, tables
 from bench.floors import Floors
 from bench.results import Case, Labels, Result
 from bench.summary import Sample
+
+LEFT_OUT = 3
+"""Exit status where cases were left for lack of time: --resume goes on with them."""
 
 PATIENCE = 3
 """Rounds for each sample that is asked for, before a busy machine is given up on."""
@@ -83,17 +86,17 @@ class Bench:
         if not self.result.cases:
             raise SystemExit(f"{self.result.name}: nothing was measured")
         path = self.result.save(self._folder)
+        drawn = plots.plot_if_possible(self.result, path.with_suffix(".png"))
         if self._options.json:
             print(json.dumps(dataclasses.asdict(self.result)))
-            return
-        console = Console(width=max(132, Console().width))
-        tables.print_result(self.result, console)
-        for labels in self._left_out:
-            console.print(f"not measured for lack of time: {Case(labels, '', {}).title()}")
-        console.print(f"every sample: {path}", soft_wrap=True)
-        from bench import plots
-
-        console.print(plots.plot_if_possible(self.result, path.with_suffix(".png")), soft_wrap=True)
+        else:
+            console = Console(width=max(132, Console().width))
+            tables.print_result(self.result, console)
+            for labels in self._left_out:
+                console.print(f"not measured for lack of time: {Case(labels, '', {}).title()}")
+            console.print(f"every sample: {path}\n{drawn}", soft_wrap=True)
+        if self._left_out:
+            raise SystemExit(LEFT_OUT)
 
     def samples(self, usual: int) -> int:
         """How many of each contender: as told, or so many; few in a quick run."""
