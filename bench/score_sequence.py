@@ -10,11 +10,11 @@ one call, beyond the inputs.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -46,11 +46,10 @@ Scores = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 @dataclass
 class Packed:
-    """The hidden states of some answers, one after the other, and a gradient of their scores."""
+    """The hidden states of some answers, one after the other."""
 
     hidden_states: list[Tensor]
     cu_seqlens: Tensor
-    grad_scores: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +70,7 @@ class Contender:
 
     def backward(self, packed: Packed) -> tuple[Tensor, ...]:
         scores = self.scores(packed.hidden_states, packed.cu_seqlens)
-        return torch.autograd.grad(scores, self.parameters, packed.grad_scores)
+        return torch.autograd.grad(scores, self.parameters, make_grad_scores(scores.shape, scores.device))
 
     def call(self, mode: str) -> Callable[[Packed], object]:
         return self.forward if mode == MODES[0] else self.backward
@@ -87,42 +86,44 @@ def main() -> None:
         sequences = options.sequences or SEQUENCES[bench.device.type]
         mean = options.mean_length or MEAN_LENGTH[bench.device.type]
         lengths = make_lengths(*((3, 5) if bench.quick else (sequences, mean)))
-        for heads, mode in itertools.product(map(int, options.heads.split(",")), MODES):
-            measure(bench, lengths, heads, mode)
+        shape = TINY if bench.quick else LLAMA_8B
+        widths = shape.widths("all")
+        every = [make_labels(shape.name, widths, lengths, int(heads)) for heads in options.heads.split(",")]
+        wanted = [[labels for labels in of_modes if bench.wants(labels)] for of_modes in every]
+        if any(wanted):
+            first = make_packed(lengths, widths, bench.device, 0)
+            more = range(1, 2 if bench.quick else -(-INPUT_BYTES // first.nbytes))
+            sets = [first, *(make_packed(lengths, widths, bench.device, seed) for seed in more)]
+            for of_modes in filter(None, wanted):
+                measure(bench, of_modes, widths, sets)
 
 
-def measure(bench: Bench, lengths: Sequence[int], heads: int, mode: str) -> None:
-    shape = TINY if bench.quick else LLAMA_8B
-    widths = shape.widths("all")
-    labels: Labels = {
-        "model": shape.name,
-        "entries": f"{len(widths)} x {widths[0]}",
-        "sequences": len(lengths),
-        "tokens": sum(lengths),
-        "heads": heads,
-        "mode": mode,
-    }
-    if not bench.wants(labels):
-        return
-    device = bench.device
-    first = make_packed(lengths, widths, heads, device, 0)
-    more = range(1, 2 if bench.quick else -(-INPUT_BYTES // first.nbytes))
-    sets = [first, *(make_packed(lengths, widths, heads, device, seed) for seed in more)]
+def make_labels(model: str, widths: Sequence[int], lengths: Sequence[int], heads: int) -> list[Labels]:
+    """Those of the two cases of so many heads."""
+    shared: Labels = {"model": model, "entries": f"{len(widths)} x {widths[0]}", "sequences": len(lengths)}
+    return [{**shared, "tokens": sum(lengths), "heads": heads, "mode": mode} for mode in MODES]
+
+
+def measure(bench: Bench, wanted: Sequence[Labels], widths: Sequence[int], sets: Sequence[Packed]) -> None:
+    device, heads = bench.device, int(wanted[0]["heads"])
     contenders = [make(widths, *make_parameters(widths, heads, device)) for make in (ours, upstream, per_layer)]
-    check(contenders, first)
+    check(contenders, sets[0], heads)
     next_input = itertools.cycle(sets).__next__
+    for labels in wanted:
+        mode = str(labels["mode"])
 
-    def turn(contender: Contender) -> Callable[[int], Sample]:
-        return lambda _: bench.clock(partial(contender.call(mode), next_input()))
+        def turn(contender: Contender, mode: str = mode) -> Callable[[int], Sample]:
+            return lambda _: bench.clock(functools.partial(contender.call(mode), next_input()))
 
-    # What has to be read: the hidden states once in each direction, and the weights.
-    moved = (1 + MODES.index(mode)) * first.nbytes + contenders[0].parameters[0].nbytes
-    floors = Floors(bench.clock, device, moved, quick=bench.quick)
-    samples = harness.take_turns({each.name: turn(each) for each in contenders}, bench.samples(SAMPLES), floors)
-    peaks = {each.name: float(peak_bytes(partial(each.call(mode), first), device)) for each in contenders}
-    bench.add(
-        Case(labels, contenders[0].name, samples, moved=moved, floors=floors.seconds, metrics={"peak bytes": peaks})
-    )
+        # What has to be read: the hidden states once in each direction, and the weights.
+        moved = (1 + MODES.index(mode)) * sets[0].nbytes + contenders[0].parameters[0].nbytes
+        floors = Floors(bench.clock, device, moved, quick=bench.quick)
+        samples = harness.take_turns({each.name: turn(each) for each in contenders}, bench.samples(SAMPLES), floors)
+        peaks = {
+            each.name: float(peak_bytes(functools.partial(each.call(mode), sets[0]), device)) for each in contenders
+        }
+        metrics = {"peak bytes": peaks}
+        bench.add(Case(labels, contenders[0].name, samples, moved=moved, floors=floors.seconds, metrics=metrics))
 
 
 def make_lengths(sequences: int, mean: int) -> list[int]:
@@ -134,18 +135,20 @@ def make_lengths(sequences: int, mean: int) -> list[int]:
     return [*lengths[::2], *lengths[1::2]]
 
 
-def make_packed(lengths: Sequence[int], widths: Sequence[int], heads: int, device: torch.device, seed: int) -> Packed:
+def make_packed(lengths: Sequence[int], widths: Sequence[int], device: torch.device, seed: int) -> Packed:
     generator = torch.Generator(device).manual_seed(seed)
     tokens = sum(lengths)
     # Each as wide as it will be: a buffer in float32 for all would stay with the process, and hide what comes later.
     hidden_states = [torch.empty(tokens, width, dtype=DTYPE, device=device) for width in widths]
     for entry in hidden_states:
         entry.normal_(generator=generator)
-    return Packed(
-        hidden_states,
-        torch.tensor([0, *itertools.accumulate(lengths)], device=device),
-        torch.randn(len(lengths), heads, generator=generator, device=device),
-    )
+    return Packed(hidden_states, torch.tensor([0, *itertools.accumulate(lengths)], device=device))
+
+
+@functools.cache
+def make_grad_scores(shape: torch.Size, device: torch.device) -> Tensor:
+    """The gradient that scores get from what would follow: `[sequences, heads]`."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def make_parameters(widths: Sequence[int], heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -198,7 +201,7 @@ def per_layer(widths: Sequence[int], weight: Tensor, bias: Tensor) -> Contender:
     return Contender("per layer, fp32", scores, [weight.requires_grad_(), bias.requires_grad_()])
 
 
-def check(contenders: Sequence[Contender], packed: Packed) -> None:
+def check(contenders: Sequence[Contender], packed: Packed, heads: int) -> None:
     """Exits unless scores and gradients are those of the float64 reference.
 
     The unit of a score is eps times the gate-weighted mean of sum |W x|; that of a gradient is what an error of eps in
@@ -211,7 +214,7 @@ def check(contenders: Sequence[Contender], packed: Packed) -> None:
     with torch.no_grad():
         logits = reference.project(hidden_states, weight, bias)
         scores, gate_reward = reference.pool(logits, cu_seqlens)
-        grad_scores = packed.grad_scores.double()
+        grad_scores = make_grad_scores(torch.Size([cu_seqlens.numel() - 1, heads]), weight.device).double()
         grad_logits = reference.pool_backward(grad_scores, scores, gate_reward, cu_seqlens)
         magnitude = torch.zeros_like(logits)
         widths = [entry.shape[1] for entry in hidden_states]

@@ -31,10 +31,10 @@ def test_rivals_of_a_step_pass_and_a_wrong_one_does_not():
 @pytest.mark.parametrize("what", ["scores", "the gradient of the weight", "the gradient of the bias"])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_rivals_of_sequences_pass_and_a_wrong_one_does_not(heads, what):
-    packed = score_sequence.make_packed([4, 1, 7], WIDTHS, heads, CPU, 0)
+    packed = score_sequence.make_packed([4, 1, 7], WIDTHS, CPU, 0)
     makers = (score_sequence.ours, score_sequence.upstream, score_sequence.per_layer)
     contenders = [make(WIDTHS, *score_sequence.make_parameters(WIDTHS, heads, CPU)) for make in makers]
-    score_sequence.check(contenders, packed)
+    score_sequence.check(contenders, packed, heads)
     right = contenders[2]
 
     class Wrong(score_sequence.Contender):
@@ -46,7 +46,7 @@ def test_rivals_of_sequences_pass_and_a_wrong_one_does_not(heads, what):
             return weight + 1e-2 * (what.endswith("weight")), bias + 1e-2 * (what.endswith("bias"))
 
     with pytest.raises(SystemExit, match=f"per layer, fp32: {what} is off by .* units"):
-        score_sequence.check([contenders[0], Wrong(right.name, right.scores, right.parameters)], packed)
+        score_sequence.check([contenders[0], Wrong(right.name, right.scores, right.parameters)], packed, heads)
 
 
 @pytest.fixture(scope="module")
