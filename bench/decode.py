@@ -1,8 +1,8 @@
 """Measures whole decode steps of a model, with and without scoring.
 
-    python -m bench.decode [--models smollm2,8b] [--layers N] [--rows 64] [--contexts 16,4096] [--how eager,compiled]
+    python -m bench.decode [--models smollm2,8b,8b/2] [--rows 64] [--contexts 16,2048] [--how eager,compiled]
 
-Llama-3.1-8B stands for its shape with random weights: two layers of it on a CPU, all 32 on a GPU. Contenders:
+8b stands for the shape of Llama-3.1-8B with random weights, 8b/2 for two layers of it. Contenders:
 
     bare          the stock model
     gather        attach(model, head): one kernel beside the model at each step
@@ -42,17 +42,17 @@ from swift_kernels import SwiftHead, attach, reference
 PROMPT, STEPS = 16, 16
 """Tokens that are really prefilled, and decoded from there before the cache is rewound."""
 
-SAMPLES = {"cpu": 40, "cuda": 25}
-LONG = 4096
+SAMPLES = {"cpu": 30, "cuda": 25}
+LONG = 2048
 CONTENDERS = {
     "eager": ("bare", "gather", "norm", "norm, bare", "naive"),
     # Compiled, "norm" gathers: a norm that the compiler cannot see into would keep it from fusing what is around it.
     "compiled": ("bare", "gather", "naive"),
 }
-CACHE_BYTES = 20e9
+CACHE_BYTES = 18e9
 """Of one cache. Each contender has its own: contexts too long for many rows are left out."""
 
-TOLERANCE = {"gather": 1e-3, "norm": 0.1}
+TOLERANCE = {"gather": 1e-3, "norm": 0.03}
 """Between scores, in units of the rewards' root mean square. Eager `gather` sees the hidden states that `naive` sees,
 and differs by float32's order of additions. Norms that add in another order, and compilers, move last bits of bfloat16
 in every layer, which a model amplifies; what is scored wrongly is off by the order of 1."""
@@ -171,8 +171,7 @@ class Contender:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--models", help="comma-separated, of: smollm2, 8b; both on a CPU and 8b on a GPU, unless told")
-    parser.add_argument("--layers", type=int, help="of the 8b shape; 2 on a CPU and 32 on a GPU unless told")
+    parser.add_argument("--models", help="comma-separated, of: smollm2, 8b, or 8b/N for N of its layers")
     parser.add_argument("--rows", help="comma-separated")
     parser.add_argument("--contexts", default="16", help="tokens in the cache, comma-separated; 16 unless told")
     parser.add_argument("--how", default="eager", help="comma-separated, of: eager, compiled")
@@ -182,7 +181,7 @@ def main() -> None:
         models: dict[str, tuple[Any, str]] = {}
         for model, how, rows, context in plan(options, bench):
             if model not in models:
-                models = {model: make_model(model, options.layers, bench)}  # one at a time in memory
+                models = {model: make_model(model, bench)}  # one at a time in memory
             measure(bench, *models[model], how, rows, context)
 
 
@@ -194,25 +193,26 @@ def plan(options: argparse.Namespace, bench: Bench) -> Iterator[tuple[str, str, 
         models, rows = (options.models or "8b").split(","), map(int, (options.rows or "64").split(","))
         yield from itertools.product(models, options.how.split(","), rows, map(int, options.contexts.split(",")))
     elif bench.device.type == "cpu":
-        yield from (("smollm2", "eager", 64, PROMPT), ("smollm2", "eager", 1, PROMPT))
-        yield from (("8b", "eager", 64, PROMPT), ("8b", "compiled", 64, PROMPT))
+        yield ("smollm2", "eager", 64, PROMPT)
+        yield from (("8b/2", "eager", 64, PROMPT), ("8b/2", "compiled", 64, PROMPT))
     else:
-        headline = [("8b", "eager", 64, PROMPT), ("8b", "eager", 1, PROMPT), ("8b", "compiled", 64, PROMPT)]
+        # Compiling 32 layers, three times over, would take the minutes that the other cases need.
+        headline = [("8b", "eager", 64, PROMPT), ("8b", "eager", 1, PROMPT), ("8b/8", "compiled", 64, PROMPT)]
         yield from headline
         if options.sweep:
-            every = itertools.product(["8b"], CONTENDERS, (1, 8, 64, 256), (PROMPT, LONG))
-            yield from (point for point in every if point not in headline)
+            eager = itertools.product(["8b"], ["eager"], (256, 64, 8, 1), (PROMPT, LONG))
+            compiled = itertools.product(["8b/8"], ["compiled"], (1, 256, 8), (PROMPT,))
+            yield from (point for point in itertools.chain(eager, compiled) if point not in headline)
 
 
-def make_model(name: str, layers: int | None, bench: Bench) -> tuple[Any, str]:
+def make_model(name: str, bench: Bench) -> tuple[Any, str]:
     """The model, and what tables call it."""
     if name == "smollm2":
         from swift_kernels.integrations.models import load_model
 
         return load_model(name, torch.bfloat16, bench.device)[0], "SmolLM2-135M"
-    shape = (
-        shapes.TINY if name == "tiny" else shapes.LLAMA_8B.cut(layers or (2 if bench.device.type == "cpu" else None))
-    )
+    layers = name.partition("/")[2]
+    shape = shapes.TINY if name == "tiny" else shapes.LLAMA_8B.cut(int(layers) if layers else None)
     return shapes.llama(shape, bench.device), shape.name
 
 

@@ -40,6 +40,7 @@ class Case:
         floors: seconds that the machine's limits would take for this work, sampled in between, by name.
         metrics: further figures of a contender, by name: {"peak bytes": {"swift_kernels": 768}}.
         faster: whether a ratio is that of speeds, rather than of times.
+        note: what else a reader has to know.
     """
 
     labels: Labels
@@ -50,6 +51,7 @@ class Case:
     floors: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     faster: bool = False
+    note: str = ""
 
     def summary(self, name: str) -> Summary | None:
         return Summary.of(self.samples.get(name, ()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,6 +18,7 @@ from swift_kernels import reference, schema
 from swift_kernels.state import ScoreState
 
 Step = Callable[[Sequence[Tensor]], None]
+Compiled = Literal["these rows", "any rows", None]
 
 
 @dataclass
@@ -60,10 +62,10 @@ def upstream(weight: Tensor, bias: Tensor, rows: int) -> Contender:
     def logits(hidden_states: Sequence[Tensor]) -> Tensor:
         return linear(torch.cat([entry.float() for entry in hidden_states], dim=1))
 
-    return _contender("upstream", logits, rows, torch.float32, weight.device, compiled=False)
+    return _contender("upstream", logits, rows, torch.float32, weight.device, None)
 
 
-def cat_linear(weight: Tensor, bias: Tensor, rows: int, dtype: torch.dtype, compiled: bool) -> Contender:
+def cat_linear(weight: Tensor, bias: Tensor, rows: int, dtype: torch.dtype, compiled: Compiled) -> Contender:
     cast_weight, cast_bias = weight.to(dtype), bias.to(dtype)
 
     def logits(hidden_states: Sequence[Tensor]) -> Tensor:
@@ -73,7 +75,7 @@ def cat_linear(weight: Tensor, bias: Tensor, rows: int, dtype: torch.dtype, comp
 
 
 def layer_linears(
-    weight: Tensor, bias: Tensor, rows: int, widths: Sequence[int], dtype: torch.dtype, compiled: bool
+    weight: Tensor, bias: Tensor, rows: int, widths: Sequence[int], dtype: torch.dtype, compiled: Compiled
 ) -> Contender:
     layer_weights = [columns.contiguous() for columns in weight.to(dtype).split(list(widths), dim=1)]
 
@@ -86,10 +88,14 @@ def layer_linears(
     return _contender(_name("per layer", dtype, compiled), logits, rows, dtype, weight.device, compiled)
 
 
-def rivals(weight: Tensor, bias: Tensor, rows: int, widths: Sequence[int]) -> list[Contender]:
-    """Upstream, and {cat, per-layer linear} x {float32, bfloat16} x {eager, compiled}."""
+def rivals(weight: Tensor, bias: Tensor, rows: int, widths: Sequence[int], any_rows: bool = False) -> list[Contender]:
+    """Upstream, and {cat, per-layer linear} x {float32, bfloat16} x {eager, compiled}.
+
+    Compiled for these rows alone, which is fastest, or as torch.compile does by default: for any number of rows from
+    the second on that it meets.
+    """
     every = [upstream(weight, bias, rows)]
-    for compiled in (False, True):
+    for compiled in (None, "any rows" if any_rows else "these rows"):
         for dtype in (torch.float32, torch.bfloat16):
             every.append(cat_linear(weight, bias, rows, dtype, compiled))
             every.append(layer_linears(weight, bias, rows, widths, dtype, compiled))
@@ -102,7 +108,7 @@ def _contender(
     rows: int,
     logits_dtype: torch.dtype,
     device: torch.device,
-    compiled: bool,
+    compiled: Compiled,
 ) -> Contender:
     sums = torch.zeros(rows, 2, device=device)
     token_count = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -112,8 +118,10 @@ def _contender(
         sums.add_(torch.stack([gate * reward, gate], dim=1))
         token_count.add_(1)
 
-    return Contender(name, torch.compile(step, dynamic=False) if compiled else step, sums, token_count, logits_dtype)
+    if compiled:
+        step = torch.compile(step, dynamic=None if compiled == "any rows" else False)
+    return Contender(name, step, sums, token_count, logits_dtype)
 
 
-def _name(what: str, dtype: torch.dtype, compiled: bool) -> str:
+def _name(what: str, dtype: torch.dtype, compiled: Compiled) -> str:
     return f"{what}, {'bf16' if dtype == torch.bfloat16 else 'fp32'}, {'compiled' if compiled else 'eager'}"

@@ -37,8 +37,7 @@ SHAPES = {
     for shape in (
         Shape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128256),
         Shape("Llama-3.2-3B", 28, 3072, 8192, 24, 8, 128256),
-        Shape("Ministral-8B", 36, 4096, 12288, 32, 8, 131072),
-        Shape("Qwen3-8B", 36, 4096, 12288, 32, 8, 151936),
+        Shape("Ministral-8B and Qwen3-8B", 36, 4096, 12288, 32, 8, 131072),  # alike but for the vocabulary
         Shape("Gemma-3-27B", 62, 5376, 21504, 32, 16, 262208),
         Shape("Llama-3.3-70B", 80, 8192, 28672, 64, 8, 128256),
     )

@@ -60,7 +60,7 @@ def caption(case: Case) -> str | None:
         name, seconds = floor
         rate = f", {case.moved / seconds / 1e9:.1f} GB/s" if case.moved and name.startswith(("memory", "cache")) else ""
         parts.append(f"floor: {in_units([seconds])[0]} ({name}{rate})")
-    return "; ".join(parts) or None
+    return "; ".join([*parts, *([case.note] if case.note else [])]) or None
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
