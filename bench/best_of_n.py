@@ -34,7 +34,7 @@ from bench.results import Case, Labels
 from bench.summary import Sample
 from swift_kernels import SwiftHead, attach, reference
 
-PROMPT = 40
+PROMPT = {"cpu": 16, "cuda": 256}
 NEW_TOKENS = {"cpu": 24, "cuda": 128}
 EVERY_N = (16, 4, 64)
 """The most usual first."""
@@ -117,7 +117,12 @@ def main() -> None:
         made: tuple[Any, Any, str] | None = None
         for n in every_n:
             name = "tiny" if bench.quick else "SmolLM2-135M" if bench.device.type == "cpu" else shapes.LLAMA_8B.name
-            labels: Labels = {"model": name, "N": n, "prompt": PROMPT, "new tokens": new_tokens}
+            labels: Labels = {
+                "model": name,
+                "answers": n,
+                "tokens of prompt": PROMPT[bench.device.type],
+                "new tokens": new_tokens,
+            }
             if bench.wants(labels):
                 made = made or make_models(bench, options.layers)
                 measure(bench, labels, *made)
@@ -138,9 +143,9 @@ def make_models(bench: Bench, layers: int | None) -> tuple[Any, Any, str]:
 
 
 def measure(bench: Bench, labels: Labels, model: Any, reward_model: Any, reward_name: str) -> None:
-    prompt = make_prompt(model)
+    prompt = make_prompt(model, int(labels["tokens of prompt"]))
     new_tokens = int(labels["new tokens"])
-    pipeline = Pipeline(model, make_head(model), reward_model, prompt, int(labels["N"]), new_tokens)
+    pipeline = Pipeline(model, make_head(model), reward_model, prompt, int(labels["answers"]), new_tokens)
     ways: dict[str, Way] = {
         "generate alone": pipeline.alone,
         "swift_kernels": pipeline.ours,
@@ -169,9 +174,9 @@ def measure(bench: Bench, labels: Labels, model: Any, reward_model: Any, reward_
     bench.add(Case(labels, "generate alone", samples, moved=moved, floors=floors.seconds, metrics=metrics))
 
 
-def make_prompt(model: Any) -> Tensor:
+def make_prompt(model: Any, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=generator).to(model.device)
+    return torch.randint(3, model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
 
 
 def make_head(model: Any) -> SwiftHead:
@@ -184,7 +189,7 @@ def make_head(model: Any) -> SwiftHead:
 
 def float32_pipeline(device: torch.device) -> Pipeline:
     model = shapes.llama(shapes.TINY, device, torch.float32)
-    return Pipeline(model, make_head(model), None, make_prompt(model), 5, 12)
+    return Pipeline(model, make_head(model), None, make_prompt(model, 40), 5, 12)
 
 
 def check(pipeline: Pipeline, tolerance: float) -> None:

@@ -219,7 +219,7 @@ def make_model(name: str, bench: Bench) -> tuple[Any, str]:
 def measure(bench: Bench, model: Any, name: str, how: str, rows: int, context: int) -> None:
     """Adds the case of steps that are called, and on a GPU that of graphs of the same steps."""
     modes = [how, f"{how}, CUDA graph"] if bench.device.type == "cuda" or bench.quick else [how]
-    every: list[Labels] = [{"model": name, "rows": rows, "context": context, "mode": mode} for mode in modes]
+    every: list[Labels] = [{"model": name, "rows": rows, "tokens of context": context, "mode": mode} for mode in modes]
     config = model.config
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width * model.dtype.itemsize

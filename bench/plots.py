@@ -108,7 +108,7 @@ def draw_decode(result: Result, pyplot: Any) -> Any:
 
 def draw_best_of_n(result: Result, pyplot: Any) -> Any:
     """Time, memory and FLOPs against N."""
-    cases = sorted(result.cases, key=lambda case: int(case.labels["N"]))
+    cases = sorted(result.cases, key=lambda case: int(case.labels["answers"]))
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.6), layout="constrained")
     names = list(cases[0].samples)
     colours = colours_of(cases[0])
@@ -134,7 +134,7 @@ def draw_best_of_n(result: Result, pyplot: Any) -> Any:
         ("time from prompt to answer (s)", "peak memory and weights, but the model's (MB)", "arithmetic (TFLOP)"),
         strict=True,
     ):
-        axis.set_xticks(range(len(cases)), [str(case.labels["N"]) for case in cases])
+        axis.set_xticks(range(len(cases)), [str(case.labels["answers"]) for case in cases])
         axis.set(xlabel="answers, N", ylabel=label, **({} if axis is axes[0] else {"yscale": "log"}))
     axes[0].legend(fontsize=8, frameon=False)
     labels = cases[0].labels

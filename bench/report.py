@@ -163,7 +163,7 @@ def best_of_n_section(result: Result) -> str:
     for case in result.cases:
         alone = case.summary(case.reference)
         ratios = [case.ratio(name) for name in names]
-        title = f"{case.labels['model']}, N = {case.labels['N']}, {case.labels['new tokens']} tokens"
+        title = f"{case.labels['model']}, N = {case.labels['answers']}, {case.labels['new tokens']} tokens"
         compared = [ratio.text() if ratio else "" for ratio in ratios]
         rows.append([title, in_units([alone.median])[0] if alone else "", *compared])
     return tables.markdown(rows)

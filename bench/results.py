@@ -70,9 +70,15 @@ class Case:
         return floor[1] / summary.median if summary and floor else None
 
     def title(self) -> str:
-        return ", ".join(
-            f"{value} {label}" if isinstance(value, int) else str(value) for label, value in self.labels.items()
-        )
+        """As "Llama-3.1-8B, 64 rows, cold"."""
+
+        def words(label: str, value: str | int) -> str:
+            if not isinstance(value, int):
+                return value
+            first, space, rest = label.partition(" ")
+            return f"{value:,} {first.removesuffix('s') if value == 1 else first}{space}{rest}"
+
+        return ", ".join(words(label, value) for label, value in self.labels.items())
 
 
 @dataclass
