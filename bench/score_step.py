@@ -5,7 +5,7 @@
 Contenders take turns within a round. "cold": each call reads hidden states that have left the caches since they were
 last read; "warm": those of the call before. "called" includes what it takes to get there; "replayed" is a CUDA graph of
 many steps, over their number. Before anything is timed, all must agree with a float64 reference; where one does not, no
-figure is printed. "call after call" is ours alone, without rivals that take its weights out of the caches.
+figure is printed. "call after call" is ours without rivals in between, each call on weights of its own.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def measure(bench: Bench, model: str, entries: str, rows: int, cache: str, any_r
     for labels in wanted:
         replay = labels is replayed
         floors = Floors(bench.clock, bench.device, moved, cache, replay, bench.quick)
-        turns = replays(contenders, sets, cache, bench) if replay else calls(contenders, sets, cache, bench)
+        turns = (
+            replays(contenders, sets, cache, bench) if replay else calls(contenders, (weight, bias), sets, cache, bench)
+        )
         bench.add(
             Case(
                 labels,
@@ -137,7 +139,11 @@ def _runs_here(bench: Bench, labels: Labels) -> bool:
 
 
 def calls(
-    contenders: Sequence[Contender], sets: Sequence[Sequence[Tensor]], cache: str, bench: Bench
+    contenders: Sequence[Contender],
+    head: tuple[Tensor, Tensor],
+    sets: Sequence[Sequence[Tensor]],
+    cache: str,
+    bench: Bench,
 ) -> dict[str, Callable[[int], Sample]]:
     """One call each: on the next hidden states, or once more on those of the call before."""
     next_input = itertools.cycle(sets).__next__
@@ -156,18 +162,30 @@ def calls(
 
         return sample
 
-    def every() -> None:
-        for hidden_states in sets:
-            contenders[0].step(hidden_states)
+    turns = {contender.name: (cold if cache == "cold" else warm)(contender) for contender in contenders}
+    if cache == "cold" and bench.device.type == "cpu":
+        turns["swift_kernels, call after call"] = call_after_call(head, sets, bench)
+    return turns
 
-    def call_after_call(_turn: int) -> Sample:
+
+def call_after_call(
+    head: tuple[Tensor, Tensor], sets: Sequence[Sequence[Tensor]], bench: Bench
+) -> Callable[[int], Sample]:
+    """Ours through all hidden states, with copies of the weights that have left the caches as well."""
+    weight, bias = head
+    widths = [entry.shape[1] for entry in sets[0]]
+    copies = min(len(sets), -(-INPUT_BYTES // weight.nbytes))
+    heads = [ours(weight.clone(), bias, sets[0][0].shape[0], widths) for _ in range(copies)]
+
+    def every() -> None:
+        for index, hidden_states in enumerate(sets):
+            heads[index % copies].step(hidden_states)
+
+    def sample(_turn: int) -> Sample:
         elapsed = bench.clock(every)
         return elapsed and elapsed / len(sets)
 
-    turns = {contender.name: (cold if cache == "cold" else warm)(contender) for contender in contenders}
-    if cache == "cold" and bench.device.type == "cpu":
-        turns["swift_kernels, call after call"] = call_after_call
-    return turns
+    return sample
 
 
 def replays(
