@@ -90,7 +90,7 @@ class Bench:
         if self._options.json:
             print(json.dumps(dataclasses.asdict(self.result)))
         else:
-            console = Console(width=max(132, Console().width))
+            console = Console(width=max(150, Console().width))
             tables.print_result(self.result, console)
             for labels in self._left_out:
                 console.print(f"not measured for lack of time: {Case(labels, '', {}).title()}")

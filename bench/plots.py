@@ -117,7 +117,7 @@ def draw_best_of_n(result: Result, pyplot: Any) -> Any:
         places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(cases))]
         summaries = [case.summary(name) for case in cases]
         held = [
-            (case.metrics["peak bytes"].get(name, 0) + case.metrics["bytes of weights, own"].get(name, 0)) / 1e6
+            (case.metrics["peak bytes"].get(name, 0) + case.metrics["own bytes"].get(name, 0)) / 1e6
             for case in cases
         ]
         flops = [case.metrics["FLOPs"].get(name, 0) / 1e12 for case in cases]
