@@ -117,8 +117,7 @@ def draw_best_of_n(result: Result, pyplot: Any) -> Any:
         places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(cases))]
         summaries = [case.summary(name) for case in cases]
         held = [
-            (case.metrics["peak bytes"].get(name, 0) + case.metrics["own bytes"].get(name, 0)) / 1e6
-            for case in cases
+            (case.metrics["peak bytes"].get(name, 0) + case.metrics["own bytes"].get(name, 0)) / 1e6 for case in cases
         ]
         flops = [case.metrics["FLOPs"].get(name, 0) / 1e12 for case in cases]
         axes[0].bar(
@@ -196,8 +195,15 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def colours_of(case: Case) -> dict[str, str]:
+    """Ours in one colour everywhere, what the others are compared with in black."""
     others = iter(OTHERS * 2)
-    return {name: OURS if name.split(",")[0] in MINE else next(others) for name in case.samples}
+
+    def colour(name: str) -> str:
+        if name.split(",")[0] in MINE:
+            return OURS
+        return "#222222" if name == case.reference else next(others)
+
+    return {name: colour(name) for name in case.samples}
 
 
 def _panels(
