@@ -18,7 +18,8 @@ import torch
 from bench.shapes import LLAMA_8B
 from swift_kernels import SwiftHead, schema
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 WIDTHS = LLAMA_8B.widths("all")
 
 
