@@ -42,7 +42,7 @@ from swift_kernels import SwiftHead, attach, reference
 PROMPT, STEPS = 16, 16
 """Tokens that are really prefilled, and decoded from there before the cache is rewound."""
 
-SAMPLES = {"cpu": 25, "cuda": 25}
+SAMPLES = {"cpu": 15, "cuda": 25}
 LONG = 2048
 CONTENDERS = {
     "eager": ("bare", "gather", "norm", "norm, bare", "naive"),

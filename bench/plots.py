@@ -92,8 +92,14 @@ def draw_score_step(result: Result, pyplot: Any) -> Any:
 
 
 def draw_strips(result: Result, pyplot: Any) -> Any:
-    """Every sample of every contender, a panel a case."""
-    return _panels(result, pyplot, "time (ms)", lambda case, name: [_ms(sample) for sample in case.samples[name]])
+    """Every sample of every contender, a panel a case, in the unit that suits the longest."""
+    longest = max(sample for case in result.cases for samples in case.samples.values() for sample in samples if sample)
+    scale, unit = (1e3, "ms") if longest > 1e-3 else (1e6, "us")
+
+    def times(case: Case, name: str) -> list[float | None]:
+        return [sample and sample * scale for sample in case.samples[name]]
+
+    return _panels(result, pyplot, f"time ({unit})", times, scale=scale)
 
 
 def draw_decode(result: Result, pyplot: Any) -> Any:
@@ -212,7 +218,9 @@ def _panels(
     label: str,
     values: Callable[[Case, str], Sequence[float | None]],
     mark: float | None = None,
+    scale: float = 1.0,
 ) -> Any:
+    """A strip a case. `mark` is what all are compared with, `scale` from seconds to what is drawn."""
     columns = min(2, len(result.cases))
     grid = -(-len(result.cases) // columns)
     tallest = max(len(case.samples) for case in result.cases)
@@ -229,7 +237,7 @@ def _panels(
             axis.axvline(mark, color="black", lw=0.8)
             continue
         if floor := case.floor():
-            axis.axvline(floor[1] * 1e3, color="black", ls="--", lw=1)
+            axis.axvline(floor[1] * scale, color="black", ls="--", lw=1)
         spans = [sample for samples in case.samples.values() for sample in samples if sample]
         if spans and max(spans) > 8 * min(spans):
             axis.set_xscale("log")
@@ -261,7 +269,3 @@ def _strip(axis: Any, case: Case, every: dict[str, Sequence[float | None]]) -> N
             axis.plot([summary.median] * 2, [place - 0.33, place + 0.33], color="black", lw=1.5)
     axis.set_yticks(range(len(every)), list(every))
     axis.set_ylim(len(every) - 0.4, -0.6)
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1e3

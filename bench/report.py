@@ -109,7 +109,7 @@ def score_step_section(result: Result) -> str:
         mine, best, theirs = case.summary("swift_kernels"), best_rival(case), case.ratio("upstream")
         if case.labels["cache"] != "cold" or not (mine and best and theirs):
             continue
-        title = f"{case.labels['entries']}, {case.labels['rows']} rows, {case.labels['clock']}"
+        title = case.title("entries", "rows", "clock")
         share = f"{case.share_of_floor('swift_kernels'):.0%}"
         rows.append([title, in_units([mine.median])[0], f"{best[1].text()}, {best[0]}", theirs.text(), share])
     return tables.markdown(rows)
@@ -125,7 +125,7 @@ def decode_section(result: Result) -> str:
         if bare is None:
             continue
         ratios = [case.ratio(name) if name in case.samples else None for name in columns]
-        title = f"{case.labels['model']}, {case.labels['rows']} rows, {case.labels['mode']}"
+        title = case.title("model", "rows", "mode")
         speed = f"{int(case.labels['rows']) / bare.median:,.0f}"
         rows.append([title, speed, *(ratio.text(percent=True) if ratio else "" for ratio in ratios)])
     return tables.markdown(rows)
@@ -149,7 +149,7 @@ def score_sequence_section(result: Result) -> str:
         if mine is None or share is None:
             continue
         peaks = case.metrics["peak bytes"]
-        title = f"{case.labels['tokens']:,} tokens, {case.labels['heads']} heads, {case.labels['mode']}"
+        title = case.title("tokens", "heads", "mode")
         compared = [ratio.text() if ratio else "" for ratio in ratios]
         memory = [in_bytes(peaks[name]) for name in ("swift_kernels", "upstream")]
         rows.append([title, in_units([mine.median])[0], *compared, f"{share:.0%}", *memory])
@@ -160,7 +160,7 @@ def best_of_n_section(result: Result) -> str:
     first = result.cases[0]
     names = [name for name in first.samples if name != first.reference]
     rows = [["From prompt to picked answer", "generate alone", *(f"{name} takes" for name in names)]]
-    for case in result.cases:
+    for case in sorted(result.cases, key=lambda case: int(case.labels["answers"])):
         alone = case.summary(case.reference)
         ratios = [case.ratio(name) for name in names]
         title = f"{case.labels['model']}, N = {case.labels['answers']}, {case.labels['new tokens']} tokens"

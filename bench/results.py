@@ -69,8 +69,8 @@ class Case:
         summary, floor = self.summary(name), self.floor()
         return floor[1] / summary.median if summary and floor else None
 
-    def title(self) -> str:
-        """As "Llama-3.1-8B, 64 rows, cold"."""
+    def title(self, *labels: str) -> str:
+        """These labels, or all, as "Llama-3.1-8B, 64 rows, cold"."""
 
         def words(label: str, value: str | int) -> str:
             if not isinstance(value, int):
@@ -78,7 +78,7 @@ class Case:
             first, space, rest = label.partition(" ")
             return f"{value:,} {first.removesuffix('s') if value == 1 else first}{space}{rest}"
 
-        return ", ".join(words(label, value) for label, value in self.labels.items())
+        return ", ".join(words(label, value) for label, value in self.labels.items() if label in labels or not labels)
 
 
 @dataclass
