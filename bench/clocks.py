@@ -12,6 +12,9 @@ import torch
 DISTURBED = 0.02
 """The share of a call's time that its threads may wait for a core: beyond it, the call timed its neighbours."""
 
+BUSY_CYCLES = 1_000_000
+"""Half a millisecond of a GPU, several times what launching a graph of 64 steps takes the host."""
+
 Call = Callable[[], object]
 Clock = Callable[[Call], "float | None"]
 
@@ -76,6 +79,8 @@ class Replay:
         """The GPU's own time from the first kernel's start to the last one's end, over the number of calls."""
         if self._graph is None:
             return cpu_seconds(self) / len(self._calls)
+        # The GPU is kept busy while the graph is launched: on an idle one the launch would be part of the time.
+        torch.cuda._sleep(BUSY_CYCLES)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         self._graph.replay()

@@ -10,10 +10,10 @@
     norm, bare    the same fused norms, which score no row
     naive         output_hidden_states, and the authors' way at each step: every layer to float32, cat, nn.Linear
 
-each of them eager, under torch.compile with a static cache, and as CUDA graphs of both. Each has modules and a cache of
-its own around the same parameters, and all take turns: at every step on a CPU, whose speed drifts within seconds, every
-16 steps on a GPU, which is not to wait in between. Before anything is timed, all that score have to agree. The floor is
-reading parameters and cache once.
+each of them eager, under torch.compile with a static cache, and as CUDA graphs of both. Each has modules of its own
+around the same parameters, and all take turns: at every step on a CPU, whose speed drifts within seconds, every 16
+steps on a GPU, which is not to wait in between. There they share one cache, which each rewinds when its turn begins.
+Before anything is timed, all that score have to agree. The floor is reading parameters and cache once.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ CONTENDERS = {
     # Compiled, "norm" gathers: a norm that the compiler cannot see into would keep it from fusing what is around it.
     "compiled": ("bare", "gather", "naive"),
 }
-CACHE_BYTES = 18e9
-"""Of one cache. Each contender has its own: contexts too long for many rows are left out."""
+OTHER_BYTES = 8e9
+"""Of a GPU's memory, for what is not parameters or cache: floors, activations and logits."""
 
 TOLERANCE = {"gather": 1e-3, "norm": 0.03}
 """Between scores, in units of the rewards' root mean square. Eager `gather` sees the hidden states that `naive` sees,
@@ -61,17 +61,24 @@ in every layer, which a model amplifies; what is scored wrongly is off by the or
 class Decoder:
     """A model, a static cache, and one decode step on buffers that stay where they are."""
 
-    def __init__(self, model: Any, rows: int, context: int) -> None:
+    def __init__(self, model: Any, rows: int, context: int, cache: Any = None) -> None:
+        """`cache` is that of another decoder, filled already."""
         device = model.device
         self.model, self.rows, self.context = model, rows, context
         self.length = context + STEPS
-        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.length)
+        self.cache: Any = cache or StaticCache(config=model.config, max_cache_len=self.length)
         self.places = torch.arange(self.length, device=device)[None, None, None]
         self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.sampled = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.slots = torch.arange(rows, device=device)
         generator = torch.Generator().manual_seed(0)
         self.prompt = torch.randint(model.config.vocab_size, (rows, PROMPT), generator=generator).to(device)
+        if cache is None:
+            self._fill()
+
+    def _fill(self) -> None:
+        """The cache as it is after the context."""
+        model, rows, device = self.model, self.rows, self.model.device
         for start in range(0, PROMPT, 4):  # in parts, to keep the memory of the prefill small
             columns = torch.arange(start, start + 4, device=device)
             model(
@@ -86,7 +93,7 @@ class Decoder:
         layers: Any = self.cache.layers
         for layer in layers:
             for entry in (layer.keys, layer.values):
-                entry[:, :, PROMPT:context].normal_(generator=noise)
+                entry[:, :, PROMPT : self.context].normal_(generator=noise)
 
     def rewind(self) -> None:
         """Back to the end of the context, in the same buffers: the mask hides what the cache holds beyond it."""
@@ -171,10 +178,12 @@ class Contender:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--models", help="comma-separated, of: smollm2, 8b, or 8b/N for N of its layers")
-    parser.add_argument("--rows", help="comma-separated")
-    parser.add_argument("--contexts", default="16", help="tokens in the cache, comma-separated; 16 unless told")
-    parser.add_argument("--how", default="eager", help="comma-separated, of: eager, compiled")
+    names = ("smollm2", "8b", *(f"8b/{layers}" for layers in range(1, shapes.LLAMA_8B.layers)))
+    some, counts = harness.choices, harness.counts
+    parser.add_argument("--models", type=some(*names), metavar="NAMES", help="smollm2, 8b, or 8b/N for N of its layers")
+    parser.add_argument("--rows", type=counts, help="comma-separated")
+    parser.add_argument("--contexts", type=counts, default=[16], help="tokens in the cache; 16 unless told")
+    parser.add_argument("--how", type=some(*CONTENDERS), default=["eager"], help="comma-separated: eager, compiled")
     parser.add_argument("--sweep", action="store_true", help=f"1 to 256 rows, {PROMPT} and {LONG} tokens, all modes")
     options = parser.parse_args()
     with torch.no_grad(), Bench("decode", options) as bench:
@@ -190,8 +199,8 @@ def plan(options: argparse.Namespace, bench: Bench) -> Iterator[tuple[str, str, 
     if bench.quick:
         yield from (("tiny", "eager", 2, 16), ("tiny", "compiled", 2, 20))
     elif options.models or options.rows:
-        models, rows = (options.models or "8b").split(","), map(int, (options.rows or "64").split(","))
-        yield from itertools.product(models, options.how.split(","), rows, map(int, options.contexts.split(",")))
+        models, rows = options.models or ["8b"], options.rows or [64]
+        yield from itertools.product(models, options.how, rows, options.contexts)
     elif bench.device.type == "cpu":
         yield ("smollm2", "eager", 64, PROMPT)
         yield from (("8b/2", "eager", 64, PROMPT), ("8b/2", "compiled", 64, PROMPT))
@@ -224,10 +233,11 @@ def measure(bench: Bench, model: Any, name: str, how: str, rows: int, context: i
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_width * model.dtype.itemsize
     cache_bytes *= rows * context
-    if cache_bytes > CACHE_BYTES:
-        return
     wanted = [labels for labels in every if bench.wants(labels)]
     if not wanted:
+        return
+    if bench.device.type == "cuda" and cache_bytes + OTHER_BYTES > torch.cuda.mem_get_info()[0]:
+        bench.leave_out(wanted, f"the cache takes {cache_bytes / 1e9:.0f} GB, more than this GPU has left")
         return
     moved = cache_bytes + sum(tensor.nbytes for tensor in model.parameters())
     if not config.tie_word_embeddings:  # of the input embeddings only the rows of the tokens
@@ -236,7 +246,10 @@ def measure(bench: Bench, model: Any, name: str, how: str, rows: int, context: i
     torch.compiler.reset()
     with ExitStack() as stack:
         decoder_of = partial(Decoder, rows=rows, context=context)
-        contenders = [Contender(each, how, model, head, decoder_of, stack) for each in CONTENDERS[how]]
+        contenders: list[Contender] = []
+        for each in CONTENDERS[how]:
+            shared = contenders[0].decoder.cache if contenders and bench.device.type == "cuda" else None
+            contenders.append(Contender(each, how, model, head, partial(decoder_of, cache=shared), stack))
         check(contenders, how, [each.step for each in contenders], head)
         for labels in wanted:
             steps = [each.step for each in contenders]

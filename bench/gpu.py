@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,17 +24,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import report, results
-from bench.harness import LEFT_OUT
+from bench.harness import LEFT_OUT, NOT_HERE
 from bench.results import RESULTS, Result
 from bench.targets import targets_table
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 530
 """Of a stage."""
+
+FINE = (0, LEFT_OUT, NOT_HERE)
+"""Exit statuses that are no failure."""
 
 DRY_RUN = ROOT / "build" / "dry-run"
 
@@ -51,6 +57,8 @@ class Step:
     arguments: list[str]
     budget: int = LIMIT_SECONDS
     """Seconds after which a benchmark begins no new case."""
+    limit: float = LIMIT_SECONDS
+    """Seconds after which it is ended."""
     prefix: tuple[str, ...] = ()
 
     @property
@@ -94,17 +102,18 @@ STAGES = {
         benchmark("greedy_difference", "--answers", "200", budget=30),
     ],
     3: [
-        Step("stress", ["-m", "bench.gpu_stress", "--launches", "100000"]),
-        Step(
-            "memcheck",
-            [*PYTEST, *KERNELS, "-k", ODD_SHAPES],
-            prefix=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-        ),
+        Step("stress", ["-m", "bench.gpu_stress", "--launches", "100000"], limit=90),
         benchmark("score_step", "--sweep", budget=130),
         benchmark("decode", "--sweep", budget=90),
         benchmark("best_of_n", "--n", "4,64", budget=60),
         benchmark("score_sequence", budget=30),
         benchmark("memory", budget=30),
+        # Last: under it everything takes many times as long, and a benchmark is not to wait for it.
+        Step(
+            "memcheck",
+            [*PYTEST, *KERNELS, "-k", ODD_SHAPES],
+            prefix=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+        ),
     ],
 }
 
@@ -129,16 +138,16 @@ def run_stage(stage: int) -> bool:
     log = results.folder_of(device) / f"stage_{stage}.json"
     environment = results.environment(device)
     same = {key: environment[key] for key in results.SAME}
-    outcomes: dict[str, dict[str, object]] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
     if log.exists():
         before = json.loads(log.read_text())
         if {key: before["environment"].get(key) for key in results.SAME} == same:
-            outcomes = {name: outcome for name, outcome in before["outcomes"].items() if outcome["status"] == 0}
+            outcomes = before["outcomes"]
     deadline = time.monotonic() + LIMIT_SECONDS
-    for step in STAGES[stage]:
-        if step.name in outcomes:
-            continue
-        outcomes[step.name] = run(step.command(), deadline - time.monotonic())
+    # What failed before is tried again after all that was not tried yet.
+    unfinished = [step for step in STAGES[stage] if outcomes.get(step.name, {"status": 1})["status"] != 0]
+    for step in sorted(unfinished, key=lambda step: _was_tried(outcomes.get(step.name))):
+        outcomes[step.name] = run(step.command(), min(step.limit, deadline - time.monotonic()))
         print(
             f"{step.name}: exit status {outcomes[step.name]['status']}, {outcomes[step.name]['seconds']} s", flush=True
         )
@@ -147,7 +156,12 @@ def run_stage(stage: int) -> bool:
         temporary.write_text(json.dumps({"environment": environment, "outcomes": outcomes}, indent=1) + "\n")
         temporary.replace(log)
     print(targets_table(report.load_all(RESULTS).get(log.parent, {}), {}))
-    return any(outcome["status"] not in (0, LEFT_OUT) for outcome in outcomes.values())
+    return any(outcome["status"] not in FINE for outcome in outcomes.values())
+
+
+def _was_tried(outcome: dict[str, Any] | None) -> bool:
+    """Whether it ran and failed, rather than having no time left."""
+    return outcome is not None and outcome["status"] != LEFT_OUT and bool(outcome["seconds"])
 
 
 def dry_run() -> bool:
@@ -174,32 +188,40 @@ def dry_run() -> bool:
     return bool(failed or missing)
 
 
-def run(command: list[str], limit: float, environment: Mapping[str, str] | None = None) -> dict[str, object]:
+def run(command: list[str], limit: float, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs one command, its output shown and its end kept; status 124 when the stage's time is over."""
     start = time.monotonic()
     if limit <= 0:
         return {"status": 124, "seconds": 0, "tail": ["no time was left"]}
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except OSError as error:
-        return {"status": 127, "seconds": 0, "tail": [str(error)]}
+    if shutil.which(command[0]) is None:
+        why = f"not run: {command[0]} is not on the PATH"
+        print(why)
+        return {"status": NOT_HERE, "seconds": 0, "tail": [why]}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A group of its own: what it has started is ended with it, and cannot hold the pipe open.
+        start_new_session=True,
+    )
     assert process.stdout is not None
     tail: list[str] = []
-    timer = threading.Timer(limit, process.kill)
+    timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        tail = [*tail[-59:], line.rstrip()]
-    status = process.wait()
-    timed_out = not timer.is_alive()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            tail = [*tail[-59:], line.rstrip()]
+        status = process.wait()
+        timed_out = not timer.is_alive()
+    except BaseException:  # Ctrl-C, which the group does not get by itself
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        timer.cancel()
     return {"status": 124 if timed_out else status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,9 @@ from bench.summary import Sample
 LEFT_OUT = 3
 """Exit status where cases were left for lack of time: --resume goes on with them."""
 
+NOT_HERE = 4
+"""Exit status where nothing can be measured on this machine, for a reason that is told."""
+
 PATIENCE = 3
 """Rounds for each sample that is asked for, before a busy machine is given up on."""
 
@@ -33,13 +36,45 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--quick", action="store_true", help="tiny shapes and few samples, to try everything out: no figures to quote"
     )
     made.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, unless told")
-    made.add_argument("--threads", type=int, help="on a CPU; with 1, CPU time is measured, even on a busy machine")
-    made.add_argument("--samples", type=int, help="of each contender")
+    made.add_argument("--device", type=device_type, help="cpu or cuda; cuda where there is one, unless told")
+    made.add_argument("--threads", type=count, help="on a CPU; with 1, CPU time is measured, even on a busy machine")
+    made.add_argument("--samples", type=count, help="of each contender")
     made.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no new case is begun")
     made.add_argument("--resume", action="store_true", help="keep the cases that were measured on the same tree before")
     made.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the results")
     return made
+
+
+def device_type(text: str) -> str:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device here")
+    return text
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Of an option that takes several, comma-separated."""
+    return [count(part) for part in text.split(",")]
+
+
+def choices(*allowed: str) -> Callable[[str], list[str]]:
+    """The type of an option that takes some of these, comma-separated; a name may have commas itself."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",") if text not in allowed else [text]
+        for name in chosen:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of: {', '.join(allowed)}")
+        return chosen
+
+    return parse
 
 
 class Bench:
@@ -61,6 +96,7 @@ class Bench:
         self._folder = results.folder_of(self.device, options.results)
         self._begun = time.monotonic()
         self._left_out: list[Labels] = []
+        self._impossible: list[str] = []
         settings = {"clock": self.clock.__name__, "quick": self.quick, **settings}
         if options.threads and not threads:
             name += f"_{options.threads}_threads"
@@ -69,6 +105,10 @@ class Bench:
             raise SystemExit(
                 "--quick makes no figures to keep: expected --results FOLDER with it, outside bench/results"
             )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemExit(f"{self._folder} cannot be made for the results: {error.strerror}") from None
 
     def __enter__(self) -> Bench:
         path = self._folder / f"{self.result.name}.json"
@@ -84,7 +124,8 @@ class Bench:
         if kind is not None:
             return
         if not self.result.cases:
-            raise SystemExit(f"{self.result.name}: nothing was measured")
+            print(f"{self.result.name}: nothing was measured", *self._impossible, sep="\n", file=sys.stderr)
+            raise SystemExit(LEFT_OUT if self._left_out else NOT_HERE if self._impossible else 1)
         path = self.result.save(self._folder)
         drawn = plots.plot_if_possible(self.result, path.with_suffix(".png"))
         if self._options.json:
@@ -94,6 +135,8 @@ class Bench:
             tables.print_result(self.result, console)
             for labels in self._left_out:
                 console.print(f"not measured for lack of time: {Case(labels, '', {}).title()}")
+            for line in self._impossible:
+                console.print(line)
             console.print(f"every sample: {path}\n{drawn}", soft_wrap=True)
         if self._left_out:
             raise SystemExit(LEFT_OUT)
@@ -111,6 +154,10 @@ class Bench:
             return False
         print(f"{self.result.name}: {Case(labels, '', {}).title()}", file=sys.stderr, flush=True)
         return True
+
+    def leave_out(self, every: Sequence[Labels], why: str) -> None:
+        """Tells that these cases cannot be measured here."""
+        self._impossible += [f"not measured: {Case(labels, '', {}).title()}: {why}" for labels in every]
 
     def add(self, case: Case) -> None:
         self.result.cases.append(case)

@@ -34,7 +34,7 @@ SAMPLES = 200
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=harness.count, default=64)
     options = parser.parse_args()
     with torch.no_grad(), Bench("launch_cost", options, threads=1) as bench, driver(bench.device) as name:
         for op, parts_of in (("score_step", score_step_parts), ("rms_norm_score", rms_norm_score_parts)):

@@ -32,7 +32,9 @@ Keeper = Callable[[Iterator[list[Tensor]]], "tuple[Tensor, list[Tensor], list[Te
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--lengths", help=f"comma-separated; {','.join(map(str, LENGTHS))} unless told")
+    parser.add_argument(
+        "--lengths", type=harness.counts, help=f"comma-separated; {','.join(map(str, LENGTHS))} unless told"
+    )
     options = parser.parse_args()
     with torch.no_grad(), Bench("memory", options) as bench:
         shape = TINY if bench.quick else LLAMA_8B
@@ -40,7 +42,7 @@ def main() -> None:
         head = SwiftHead(widths, device=bench.device)
         torch.manual_seed(0)
         head.weight.normal_(std=sum(widths) ** -0.5)
-        lengths = map(int, options.lengths.split(",")) if options.lengths else (8, 32) if bench.quick else LENGTHS
+        lengths = options.lengths or ((8, 32) if bench.quick else LENGTHS)
         for length in lengths:
             labels: Labels = {"model": shape.name, "entries": f"{len(widths)} x {widths[0]}", "tokens": length}
             if bench.wants(labels):

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Memory beyond what is held before, at the call's height. Call it once before, for libraries and kernels to load.
@@ -47,7 +45,6 @@ def held_bytes(device: torch.device) -> int:
 def _return_free_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc; others return large blocks by themselves
-        libc.mallopt(M_MMAP_THRESHOLD, 65536)
         libc.malloc_trim(0)
 
 

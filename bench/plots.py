@@ -158,11 +158,11 @@ def draw_memory(result: Result, pyplot: Any) -> Any:
         resident = [case.metrics["resident bytes"][name] for case in cases]
         axis.plot(tokens, resident, "x:", color=colours[name], label=f"{name}, growth of the process", lw=1)
     axis.set(xscale="log", yscale="symlog", xlabel="tokens of the answer", ylabel="bytes of one sequence")
-    axis.set_ylim(0, None)
+    axis.set_ylim(0, 10 * max(case.samples[name][0] or 1 for case in cases for name in case.samples))
     axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axis.minorticks_off()
     axis.set_title(f"{cases[0].labels['model']}, {cases[0].labels['entries']}", loc="left")
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, frameon=False, loc="center left")
     return figure
 
 

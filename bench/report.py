@@ -13,11 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import plots, tables
-from bench.results import RESULTS, Result
+from bench.results import RESULTS, Case, Result
+from bench.shapes import LLAMA_8B
 from bench.tables import in_bytes, in_units, times
 from bench.targets import Results, best_rival, targets_table
 
 README = Path(__file__).parents[1] / "README.md"
+DISTURBED = "disturbed"
+"""In place of a figure, where too few samples were undisturbed."""
+
 BEGIN, END = "<!-- measured: made by `python -m bench.report` -->", "<!-- end of measured -->"
 
 
@@ -107,10 +111,10 @@ def score_step_section(result: Result) -> str:
     rows = [["One decode step, cold", "ours", "best rival takes", "upstream takes", "share of floor"]]
     for case in result.cases:
         mine, best, theirs = case.summary("swift_kernels"), best_rival(case), case.ratio("upstream")
-        if case.labels["cache"] != "cold" or not (mine and best and theirs):
+        if case.labels["cache"] != "cold" or case.labels["model"] != LLAMA_8B.name or not (mine and best and theirs):
             continue
         title = case.title("entries", "rows", "clock")
-        share = f"{case.share_of_floor('swift_kernels'):.0%}"
+        share = share_of_floor(case, "swift_kernels")
         rows.append([title, in_units([mine.median])[0], f"{best[1].text()}, {best[0]}", theirs.text(), share])
     return tables.markdown(rows)
 
@@ -125,7 +129,7 @@ def decode_section(result: Result) -> str:
         if bare is None:
             continue
         ratios = [case.ratio(name) if name in case.samples else None for name in columns]
-        title = case.title("model", "rows", "mode")
+        title = case.title("model", "rows", "tokens of context", "mode")
         speed = f"{int(case.labels['rows']) / bare.median:,.0f}"
         rows.append([title, speed, *(ratio.text(percent=True) if ratio else "" for ratio in ratios)])
     return tables.markdown(rows)
@@ -144,15 +148,15 @@ def score_sequence_section(result: Result) -> str:
         ]
     ]
     for case in result.cases:
-        mine, share = case.summary("swift_kernels"), case.share_of_floor("swift_kernels")
+        mine, share = case.summary("swift_kernels"), share_of_floor(case, "swift_kernels")
         ratios = [case.ratio(name) for name in ("per layer, fp32", "upstream")]
-        if mine is None or share is None:
+        if mine is None:
             continue
         peaks = case.metrics["peak bytes"]
         title = case.title("tokens", "heads", "mode")
-        compared = [ratio.text() if ratio else "" for ratio in ratios]
+        compared = [ratio.text() if ratio else DISTURBED for ratio in ratios]
         memory = [in_bytes(peaks[name]) for name in ("swift_kernels", "upstream")]
-        rows.append([title, in_units([mine.median])[0], *compared, f"{share:.0%}", *memory])
+        rows.append([title, in_units([mine.median])[0], *compared, share, *memory])
     return tables.markdown(rows)
 
 
@@ -164,9 +168,18 @@ def best_of_n_section(result: Result) -> str:
         alone = case.summary(case.reference)
         ratios = [case.ratio(name) for name in names]
         title = f"{case.labels['model']}, N = {case.labels['answers']}, {case.labels['new tokens']} tokens"
-        compared = [ratio.text() if ratio else "" for ratio in ratios]
-        rows.append([title, in_units([alone.median])[0] if alone else "", *compared])
+        compared = [ratio.text() if ratio else DISTURBED for ratio in ratios]
+        rows.append([title, in_units([alone.median])[0] if alone else DISTURBED, *compared])
     return tables.markdown(rows)
+
+
+def share_of_floor(case: Case, name: str) -> str:
+    """As "75% of 36 GB/s": memory is not equally fast at all times, so each share says of what."""
+    share, floor = case.share_of_floor(name), case.floor()
+    if share is None or floor is None:
+        return ""
+    moves_bytes = case.moved and floor[0].startswith(("memory", "cache"))
+    return f"{share:.0%}" + (f" of {case.moved / floor[1] / 1e9:.0f} GB/s" if case.moved and moves_bytes else "")
 
 
 def memory_section(result: Result) -> str:
@@ -193,6 +206,15 @@ def launch_cost_section(result: Result) -> str:
     return tables.markdown(rows)
 
 
+def greedy_difference_section(result: Result) -> str:
+    rows = [["Greedy answers that change, bfloat16", "of answers", "changed"]]
+    for case in result.cases:
+        for name, (changed, *_) in case.samples.items():
+            if name != case.reference:
+                rows.append([f"{case.labels['model']}, {name}", f"{case.labels['answers']:,}", f"{changed or 0:.0f}"])
+    return tables.markdown(rows)
+
+
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "score_step": score_step_section,
     "decode": decode_section,
@@ -200,6 +222,7 @@ SECTIONS: dict[str, Callable[[Result], str]] = {
     "best_of_n": best_of_n_section,
     "memory": memory_section,
     "launch_cost": launch_cost_section,
+    "greedy_difference": greedy_difference_section,
 }
 
 

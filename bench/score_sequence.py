@@ -78,9 +78,11 @@ class Contender:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--sequences", type=int, help="16 on a CPU, 64 on a GPU")
-    parser.add_argument("--mean-length", type=int, help="tokens of a sequence; 64 on a CPU, 256 on a GPU")
-    parser.add_argument("--heads", default="1,8", help="numbers of heads that share a pass; 1,8 unless told")
+    parser.add_argument("--sequences", type=harness.count, help="16 on a CPU, 64 on a GPU")
+    parser.add_argument("--mean-length", type=harness.count, help="tokens of a sequence; 64 on a CPU, 256 on a GPU")
+    parser.add_argument(
+        "--heads", type=harness.counts, default=[1, 8], help="numbers of heads that share a pass; 1,8 unless told"
+    )
     options = parser.parse_args()
     with Bench("score_sequence", options) as bench:
         sequences = options.sequences or SEQUENCES[bench.device.type]
@@ -88,7 +90,7 @@ def main() -> None:
         lengths = make_lengths(*((3, 5) if bench.quick else (sequences, mean)))
         shape = TINY if bench.quick else LLAMA_8B
         widths = shape.widths("all")
-        every = [make_labels(shape.name, widths, lengths, int(heads)) for heads in options.heads.split(",")]
+        every = [make_labels(shape.name, widths, lengths, heads) for heads in options.heads]
         wanted = [[labels for labels in of_modes if bench.wants(labels)] for of_modes in every]
         if any(wanted):
             first = make_packed(lengths, widths, bench.device, 0)

@@ -49,13 +49,17 @@ def best_rival(case: Case) -> tuple[str, Ratio] | None:
 def _against_upstream(results: Results) -> str | None:
     cases = [case for case in _steps(results, clock="called") if int(case.labels["rows"]) <= 64]
     ratios = [(case.labels["rows"], case.ratio("upstream")) for case in cases]
-    return ", ".join(f"{ratio.median:.1f}x ({rows})" for rows, ratio in ratios if ratio) or None
+    return ", ".join(f"{_times(ratio)} ({rows})" for rows, ratio in ratios if ratio) or None
+
+
+def _times(ratio: Ratio) -> str:
+    return ratio.text().partition(" (")[0]
 
 
 def _against_best(results: Results) -> str | None:
     cases = _steps(results, clock="replayed") or _steps(results, clock="called")
     found = [(case.labels["rows"], best_rival(case)) for case in cases]
-    return ", ".join(f"{best[1].median:.2f}x ({rows})" for rows, best in found if best) or None
+    return ", ".join(f"{_times(best[1])} ({rows})" for rows, best in found if best) or None
 
 
 def _share_of_copy(results: Results) -> str | None:
@@ -101,7 +105,7 @@ def _decode(results: Results, mode: str, *pairs: tuple[str, str]) -> str | None:
         ratios = [Ratio.of(case.samples[bare], case.samples[scored]) for scored, bare in pairs]
         if all(ratios):
             shown = "; ".join(ratio.text(percent=True) for ratio in ratios if ratio)
-            where = f"{case.labels['rows']} rows" + (f", {layers}" if layers else "")
+            where = case.title("rows", "tokens of context") + (f", {layers}" if layers else "")
             parts.append(f"{shown} ({where})")
     return ", ".join(parts) or None
 
@@ -112,7 +116,7 @@ def _sequence(results: Results) -> str | None:
     if case is None or ratio is None:
         return None
     peaks = case.metrics["peak bytes"]
-    return f"{ratio.median:.0f}x, peak 1/{peaks['upstream'] / max(peaks['swift_kernels'], 1):,.0f}"
+    return f"{_times(ratio)}, peak 1/{peaks['upstream'] / max(peaks['swift_kernels'], 1):,.0f}"
 
 
 def _memory(results: Results) -> str | None:

@@ -54,14 +54,16 @@ def tiny() -> Any:
     return shapes.llama(shapes.TINY, CPU)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own caches", "one cache"])
 @pytest.mark.parametrize("fault", ["weights", "a step too few", "what was to be skipped"])
-def test_wrong_scores_of_a_decode_step_are_found(tiny, fault):
+def test_wrong_scores_of_a_decode_step_are_found(tiny, fault, shared):
     head = SwiftHead.for_model(tiny)
     with torch.no_grad(), ExitStack() as stack:
-        contenders = [
-            decode.Contender(name, "eager", tiny, head, partial(decode.Decoder, rows=2, context=16), stack)
-            for name in decode.CONTENDERS["eager"]
-        ]
+        contenders: list[decode.Contender] = []
+        for name in decode.CONTENDERS["eager"]:
+            cache = contenders[0].decoder.cache if shared and contenders else None
+            decoder_of = partial(decode.Decoder, rows=2, context=20, cache=cache)
+            contenders.append(decode.Contender(name, "eager", tiny, head, decoder_of, stack))
         steps = [each.step for each in contenders]
         decode.check(contenders, "eager", steps, head)
         if fault == "weights":

@@ -93,10 +93,53 @@ def test_a_quick_run_writes_no_results():
         Bench("name", options)
 
 
-def test_a_run_without_cases_is_no_result(options, tmp_path):
-    with pytest.raises(SystemExit, match="nothing was measured"), Bench("name", options):
+@pytest.mark.parametrize("why", [None, "it does not fit"], ids=["", "left out"])
+def test_a_run_without_cases_is_no_result(options, tmp_path, capsys, why):
+    bench = Bench("name", options)
+    if why:
+        bench.leave_out([case(8).labels], why)
+    with pytest.raises(SystemExit) as end, bench:
         pass
+    assert end.value.code == (harness.NOT_HERE if why else 1)
+    error = capsys.readouterr().err
+    assert "name: nothing was measured" in error
+    assert why is None or "not measured: 8 rows, cold: it does not fit" in error
     assert not list(tmp_path.glob("*/*.json"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(options, tmp_path):
+    (tmp_path / "file").write_text("")
+    options.results = tmp_path / "file"
+    with pytest.raises(SystemExit, match="cannot be made for the results"):
+        Bench("name", options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "0"], "'0' is no whole number from 1 on"),
+        (["--threads", "x"], "'x' is no whole number"),
+        (["--device", "tpu"], "neither cpu nor cuda"),
+        (["--rows", "1,-2"], "'-2' is no whole number"),
+        (["--cache", "cold,hot"], "'hot' is none of: cold, warm"),
+    ],
+    ids=["samples", "threads", "device", "rows", "cache"],
+)
+def test_bad_arguments_are_named(capsys, arguments, message):
+    parser = harness.parser(None)
+    parser.add_argument("--rows", type=harness.counts)
+    parser.add_argument("--cache", type=harness.choices("cold", "warm"))
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(harness.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        harness.parser(None).parse_args(["--device", "cuda"])
+    assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_everyone_follows_everyone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_targets_are_read_from_the_cases_that_they_speak_of():
     assert figures["decode, CUDA graph, 8B shape"] is None
 
 
+def test_no_difference_is_no_figure_in_the_targets_either():
+    environment = results.environment(results.torch.device("cpu"))
+    case = step_case(64)
+    case.samples["cat"] = [0.5 * case.samples["swift_kernels"][0], *[2 * case.samples["swift_kernels"][0]] * 5]
+    measured = {"score_step": Result("score_step", environment, {"quick": False}, [case])}
+    figures = {target.what: target.figure(measured) for target in targets.TARGETS}
+    assert figures["score_step, graph replay, on a CPU called (rows)"] == "no difference (64)"
+
+
 def test_quick_runs_are_no_results(tmp_path):
     environment = results.environment(results.torch.device("cpu"))
     Result("score_step", environment, {"quick": True}, [step_case(1)]).save(tmp_path / "device")
@@ -93,8 +103,10 @@ def test_a_stage_ends_on_time_and_goes_on_where_it_was(monkeypatch, tmp_path, ca
     steps = [
         gpu.Step("passes", ["-c", counting]),
         gpu.Step("fails", ["-c", "raise SystemExit('why')"]),
-        gpu.Step("hangs", ["-c", "import time; time.sleep(60)"]),
+        # Its child would hold the output open.
+        gpu.Step("hangs", ["-c", "import subprocess; subprocess.run(['sleep', '60'])"]),
         gpu.Step("comes too late", ["-c", counting]),
+        gpu.Step("lacks its tool", ["-c", counting], prefix=("no-such-tool",)),
     ]
     monkeypatch.setattr(gpu, "STAGES", {1: steps})
     monkeypatch.setattr(gpu, "LIMIT_SECONDS", 3)
@@ -108,9 +120,16 @@ def test_a_stage_ends_on_time_and_goes_on_where_it_was(monkeypatch, tmp_path, ca
     assert "why" in output
     assert "hangs: exit status 124" in output
     assert "comes too late: exit status 124, 0 s" in output
+    assert gpu.run_stage(1)
+    assert count.read_text() == "xx", "what had passed was not run again, what had come too late was, before the hang"
+    output = capsys.readouterr().out
+    assert "not run: no-such-tool is not on the PATH" in output
     steps[1:3] = []
-    assert not gpu.run_stage(1)
-    assert count.read_text() == "xx", "what had passed was not run again, what had come too late was"
+    log = tmp_path / "device" / "stage_1.json"
+    outcomes = json.loads(log.read_text())
+    outcomes["outcomes"] = {name: outcomes["outcomes"][name] for name in ("passes", "comes too late")}
+    log.write_text(json.dumps(outcomes))
+    assert not gpu.run_stage(1), "a tool that is not there is no failure"
     monkeypatch.setattr(results, "environment", lambda device: dict.fromkeys(results.SAME, "another"))
     gpu.run_stage(1)
     assert count.read_text() == "xxxx"
