@@ -42,50 +42,60 @@ def rollout(
     seed: Annotated[int, typer.Option(help="Of the choice of problems and of sampling.")] = 0,
     chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default as the task says.")] = None,
     batch_size: Annotated[int, typer.Option(help="Answers decoded at once.")] = 64,
+    store: Annotated[Path | None, typer.Option(help="Folder that keeps the activations, for `train --store`.")] = None,
+    store_layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, or logits.")] = "all",
+    store_dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    sketch: Annotated[str | None, typer.Option(help="Project each entry: random:64, or pca:64.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Let a model answer a task's problems N times each, grade the answers, and store them."""
+    """Let a model answer a task's problems N times each, grade the answers, and store them.
+
+    With --store the activations of their tokens are kept in the same pass. Under `accelerate launch` the processes
+    share the problems. An interrupted run goes on where it was.
+    """
+    from swift_kernels import processes
     from swift_kernels.cli import render
     from swift_kernels.evaluation.tasks import get_task
-    from swift_kernels.training.generation import Sampling, generate_rollouts, settings
-    from swift_kernels.training.rollouts import RolloutWriter, read
+    from swift_kernels.training.collection import Job, collect_rollouts, largest_store
+    from swift_kernels.training.generation import Sampling, settings
+    from swift_kernels.training.rollouts import read
+    from swift_kernels.training.store import make_layout
 
     chosen = get_task(task)
     limit = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
     sampling = Sampling(n, temperature, top_p, top_k, limit, seed)
     _at_least("--batch-size", batch_size, 1)
+    if store is None and (sketch or store_layers != "all"):
+        raise ValueError("--sketch and --store-layers say what a store keeps: give its folder with --store")
     wanted = chosen.problems(split, problems, seed)
     chat = chosen.chat if chat is None else chat
+    group = processes.join(device)
     lm, tokenizer = _load_model(model, device, dtype)
     header = settings(lm, chosen, sampling, split=split, chat=chat)
-    with RolloutWriter(output, header) as writer:
-        continued = sum(problem.id in writer.done for problem in wanted)
-        if continued:
-            render.note(f"{output}: continuing after {continued} problems")
-        try:
-            with render.progress("rollout", len(wanted)) as update:
-                done, right, total = continued, 0, 0
-                update(done)
-                missing = [problem for problem in wanted if problem.id not in writer.done]
-                for item in generate_rollouts(
-                    lm, tokenizer, chosen, missing, sampling, chat=chat, batch_size=batch_size
-                ):
-                    writer.write(item)
-                    done += 1
-                    right += sum(candidate.correct for candidate in item.candidates)
-                    total += len(item.candidates)
-                    update(done, f"{right / total:.0%} right")
-        except KeyboardInterrupt:
-            held = f"{len(writer.done)} problems are in {output}, the same command continues"
-            raise KeyboardInterrupt(held) from None
-    candidates = [candidate for item in read(output).rollouts for candidate in item.candidates]
+    layout = None if store is None else make_layout(lm, _parse_layers(store_layers), store_dtype, sketch)
+    job = Job(lm, tokenizer, chosen, wanted, sampling, chat, header, output, batch_size, store, layout)
+    if layout is not None and group.is_first:
+        tokens, nbytes = largest_store(job)
+        per_token = f"{len(layout.widths)} entries of {max(layout.stored_widths):,} {layout.dtype}"
+        render.note(f"{store}: at most {tokens:,} tokens of {per_token}, {nbytes / 1e9:.2f} GB")
+    try:
+        with render.progress("rollout", len(wanted), quiet=not group.is_first) as update:
+            continued = collect_rollouts(job, group, update, render.note)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is done is in {output}, the same command continues") from None
+    if not group.is_first:
+        return
+    if continued:
+        render.note(f"{output}: continued after {continued} problems")
+    rollouts = read(output).rollouts
+    candidates = [candidate for item in rollouts for candidate in item.candidates]
     right = sum(candidate.correct for candidate in candidates)
     finished = sum(candidate.finished for candidate in candidates)
     facts = {
         "output": str(output),
-        "problems": len(writer.done),
+        "problems": len(rollouts),
         "continued": continued,
         "candidates": len(candidates),
         "correct": right,
@@ -94,7 +104,7 @@ def rollout(
     render.emit(
         facts,
         as_json,
-        f"{output}: {len(writer.done)} problems, {len(candidates)} answers, {right / len(candidates):.1%} right, "
+        f"{output}: {len(rollouts)} problems, {len(candidates)} answers, {right / len(candidates):.1%} right, "
         f"{finished / len(candidates):.1%} finished",
     )
 

@@ -22,7 +22,7 @@ from swift_kernels.evaluation.evaluate import Evaluation, evaluate
 from swift_kernels.evaluation.tasks import Problem, Sums
 from swift_kernels.integrations.transformers import attach
 from swift_kernels.selection.pick import best_index, majority_vote
-from swift_kernels.training.generation import Sampling, decode, grade, prefill
+from swift_kernels.training.generation import Sampling, SeededSampler, decode, grade, prefill
 from swift_kernels.training.rollouts import Rollout, encode_prompt
 
 BATCH_ROWS = 64
@@ -170,10 +170,11 @@ class _Bench:
         identities = [problem.id for problem in problems]
         n = self.sampling.n
         inputs = prefill(self.model, self.tokenizer, prompt_ids, self.sampling)
+        sampler = SeededSampler(self.sampling, identities, self.model.device)
         scorer = attach(self.model, self.head, trace=trace) if scoring else None
         with scorer or nullcontext():
             start = time.perf_counter()
-            answers = decode(self.model, self.tokenizer, inputs, identities, self.sampling, self.task.stop)
+            answers = decode(self.model, self.tokenizer, inputs, sampler, self.sampling, self.task.stop)
             scores = [] if scorer is None else scorer.scores().view(-1, n).tolist()
             seconds = time.perf_counter() - start
         rollouts = []

@@ -52,9 +52,9 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Update]:
-    """A `swift_kernels.progress.Progress`: a bar on stderr, or lines where that is no terminal."""
-    console = stderr()
+def progress(description: str, total: int, quiet: bool = False) -> Iterator[Update]:
+    """A `swift_kernels.progress.Progress`: a bar on stderr, or lines where that is no terminal; `quiet`, nothing."""
+    console = Console(stderr=True, quiet=True) if quiet else stderr()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

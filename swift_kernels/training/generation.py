@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from swift_kernels.evaluation.tasks import Problem, Task
 from swift_kernels.integrations.compatibility import check_context, eos_token_ids
-from swift_kernels.training.rollouts import Response, Rollout, encode_prompt
+from swift_kernels.training.recording import Recorder
+from swift_kernels.training.rollouts import Confidence, Response, Rollout, encode_prompt
+from swift_kernels.training.store import ShardProblem
 
 SampledAnswer = tuple[list[int], bool]
 """Token ids as sampled, without padding, and whether the answer finished."""
@@ -79,17 +82,48 @@ def generate_rollouts(
 
     Each prompt is prefilled once, not once per answer.
     """
-    chat = task.chat if chat is None else chat
     per_batch = max(1, batch_size // sampling.n)
     for start in range(0, len(problems), per_batch):
-        batch = problems[start : start + per_batch]
-        prompts = [task.prompt(problem.question) for problem in batch]
-        prompt_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
-        inputs = prefill(model, tokenizer, prompt_ids, sampling)
-        answers = decode(model, tokenizer, inputs, [problem.id for problem in batch], sampling, task.stop)
-        for index, (problem, prompt, ids) in enumerate(zip(batch, prompts, prompt_ids, strict=True)):
-            own = answers[index * sampling.n : (index + 1) * sampling.n]
-            yield Rollout(problem.id, problem.key, prompt, problem.answer, ids, grade(tokenizer, task, problem, own))
+        yield from generate_together(model, tokenizer, task, problems[start : start + per_batch], sampling, chat=chat)[
+            0
+        ]
+
+
+@torch.no_grad()
+def generate_together(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    *,
+    chat: bool | None = None,
+    recorder: Recorder | None = None,
+) -> tuple[list[Rollout], list[tuple[ShardProblem, list[Tensor]]]]:
+    """The rollouts of some problems, decoded as one batch, and what `recorder` kept of them for a store."""
+    chat = task.chat if chat is None else chat
+    n = sampling.n
+    prompts = [task.prompt(problem.question) for problem in problems]
+    prompt_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
+    inputs = prefill(model, tokenizer, prompt_ids, sampling)
+    sampler = SeededSampler(sampling, [problem.id for problem in problems], model.device, record=True)
+    with recorder or nullcontext():
+        answers = decode(model, tokenizer, inputs, sampler, sampling, task.stop)
+    confidences = sampler.confidences([len(ids) for ids, _ in answers])
+    rollouts, recorded = [], []
+    for index, (problem, prompt, ids) in enumerate(zip(problems, prompts, prompt_ids, strict=True)):
+        own = slice(index * n, (index + 1) * n)
+        graded = grade(tokenizer, task, problem, answers[own])
+        candidates = [
+            replace(candidate, confidence=confidence)
+            for candidate, confidence in zip(graded, confidences[own], strict=True)
+        ]
+        rollouts.append(Rollout(problem.id, problem.key, prompt, problem.answer, ids, candidates))
+        if recorder is not None:
+            recorded.append(
+                recorder.problem(problem.id, index * n, [ids for ids, _ in answers[own]], eos_token_ids(model))
+            )
+    return rollouts, recorded
 
 
 def grade(tokenizer: Any, task: Task, problem: Problem, answers: Sequence[SampledAnswer]) -> list[Response]:
@@ -125,14 +159,14 @@ def decode(
     model: Any,
     tokenizer: Any,
     inputs: dict[str, Any],
-    identities: Sequence[str],
+    sampler: SeededSampler,
     sampling: Sampling,
     stop: Sequence[str] = (),
 ) -> list[SampledAnswer]:
-    """`sampling.n` answers to each prompt of `prefill`, in order; `identities` are those of `SeededSampler`."""
+    """`sampling.n` answers to each prompt of `prefill`, in order."""
     output = model.generate(
         **inputs,
-        logits_processor=LogitsProcessorList([SeededSampler(sampling, identities, model.device)]),
+        logits_processor=LogitsProcessorList([sampler]),
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         **({"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}),
@@ -163,9 +197,14 @@ class SeededSampler(LogitsProcessor):
     on the device. It leaves one finite logit a row, for `generate(do_sample=False)` to take.
     """
 
-    def __init__(self, sampling: Sampling, identities: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sampling, identities: Sequence[str], device: torch.device, record: bool = False
+    ) -> None:
+        """`identities` name the problems; with `record`, how sure the model was of each token is kept."""
         self.sampling = sampling
         self._step = 0
+        self._record = record
+        self._recorded: list[Tensor] = []
         self._uniform = torch.stack(
             [
                 self._draw(f"{sampling.seed}/{identity}/{candidate}")
@@ -194,7 +233,18 @@ class SeededSampler(LogitsProcessor):
         place = torch.searchsorted(cumulative, self._uniform[:, self._step, None] * mass, right=True)
         chosen = tokens.gather(1, place.clamp_max(kept - 1))
         self._step += 1
+        if self._record:
+            self._recorded.append(_confidence(scores, chosen))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+    def confidences(self, lengths: Sequence[int]) -> list[Confidence]:
+        """Of the first tokens of each row, as many as `lengths` says."""
+        every = torch.stack(self._recorded, dim=1).double().tolist() if self._recorded else [[]] * len(lengths)
+        digits = [[[float(f"{value:.5g}") for value in token] for token in row] for row in every]
+        return [
+            Confidence(*([token[kind] for token in row[:length]] for kind in range(3)))
+            for row, length in zip(digits, lengths, strict=True)
+        ]
 
     def _largest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """The largest probabilities in descending order, enough of them to hold the nucleus, and their tokens."""
@@ -206,6 +256,18 @@ class SeededSampler(LogitsProcessor):
             if width >= vocabulary or bool((largest.values.sum(dim=-1) >= self.sampling.top_p).all()):
                 return largest.values, largest.indices
             width *= 8
+
+
+def _confidence(logits: Tensor, chosen: Tensor) -> Tensor:
+    """`[rows, 3]` log-probability of the chosen tokens, entropy, and divergence of the uniform distribution."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    # A token that a model rules out (-inf) takes no part: the divergence would be infinite everywhere.
+    possible = logprobs.isfinite()
+    finite = logprobs.where(possible, 0.0)
+    count = possible.sum(dim=-1)
+    entropy = -(logprobs.exp() * finite).sum(dim=-1)
+    self_certainty = -finite.sum(dim=-1) / count - count.log()
+    return torch.stack([logprobs.gather(1, chosen)[:, 0], entropy, self_certainty], dim=1)
 
 
 def trim(row: list[int], model: Any, tokenizer: Any, stop: Sequence[str]) -> SampledAnswer:

@@ -24,6 +24,21 @@ class RolloutError(ValueError):
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """How sure the model was of each sampled token, before temperature and filters; natural logarithms.
+
+    Attributes:
+        logprobs: log-probability of the token.
+        entropies: of the distribution it was sampled from.
+        self_certainties: divergence KL(uniform || distribution) (arXiv 2502.18581).
+    """
+
+    logprobs: list[float]
+    entropies: list[float]
+    self_certainties: list[float]
+
+
+@dataclass(frozen=True)
 class Response:
     """One answer to a problem.
 
@@ -34,6 +49,7 @@ class Response:
         finished: whether it ended by itself (end-of-sequence or stop string), not by the limit on new tokens.
         correct: the grade.
         answer: the final answer found in the text, which majority voting compares.
+        confidence: of each token, or None where it was not recorded.
     """
 
     token_ids: list[int] | None
@@ -41,6 +57,7 @@ class Response:
     finished: bool
     correct: bool
     answer: str | None
+    confidence: Confidence | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,8 @@ def read(path: str | Path) -> RolloutFile:
 class RolloutWriter:
     """Appends rollouts to a file, each line whole or not at all, and knows which problems it already holds.
 
+    `rollouts` are those that it held when it was opened.
+
     A torn last line, left by a killed run, is dropped. A file made with other settings is refused.
     """
 
@@ -102,12 +121,14 @@ class RolloutWriter:
         self.path = Path(path)
         # Compared as JSON reads it back, where a tuple is a list.
         header = json.loads(json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **header}))
+        self.rollouts: list[Rollout] = []
         self.done: set[str] = set()
         self._end = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and b"\n" in self.path.read_bytes():
             content, self._end = _read_own(self.path)
             _check_same(self.path, content.header, header)
+            self.rollouts = content.rollouts
             self.done = {rollout.id for rollout in content.rollouts}
         # Unbuffered, so that what a full disk refused is not tried again on close.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -116,7 +137,7 @@ class RolloutWriter:
             self._write_line(header)
 
     def write(self, rollout: Rollout) -> None:
-        self._write_line(asdict(rollout))
+        self._write_line(to_dict(rollout))
         self.done.add(rollout.id)
 
     def _write_line(self, row: dict[str, Any]) -> None:
@@ -139,6 +160,15 @@ class RolloutWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def to_dict(rollout: Rollout) -> dict[str, Any]:
+    """A line of a rollout file."""
+    row = asdict(rollout)
+    for candidate in row["candidates"]:
+        if candidate["confidence"] is None:
+            del candidate["confidence"]
+    return row
 
 
 def _check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -201,6 +231,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
             finished=_typed(candidate["finished"], bool, "finished"),
             correct=_typed(candidate["correct"], bool, "correct"),
             answer=None if candidate["answer"] is None else _typed(candidate["answer"], str, "answer"),
+            confidence=None if candidate.get("confidence") is None else Confidence(**candidate["confidence"]),
         )
         for candidate in _typed(row["candidates"], list, "candidates")
     ]

@@ -27,7 +27,12 @@ SAMPLING = Sampling(n=3, max_new_tokens=12, seed=7)
 def sample(model: Any, tokenizer: Any, prompts: list[str], sampling: Sampling, stop: tuple[str, ...] = ()) -> Any:
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     with torch.no_grad():
-        return decode(model, tokenizer, prefill(model, tokenizer, ids, sampling), prompts, sampling, stop)
+        sampler = SeededSampler(sampling, prompts, model.device)
+        return decode(model, tokenizer, prefill(model, tokenizer, ids, sampling), sampler, sampling, stop)
+
+
+def sampler(identities: list[str]) -> SeededSampler:
+    return SeededSampler(SAMPLING, identities, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,9 @@ def test_shared_prefill_changes_nothing(double: Any, tokenizer: Any) -> None:
         inputs = prefill(double, tokenizer, ids, SAMPLING)
         cache = inputs.pop("past_key_values")
         assert cache.get_seq_length() == max(map(len, ids)) - 1
-        without = decode(double, tokenizer, inputs, prompts, SAMPLING)
+        without = decode(double, tokenizer, inputs, sampler(prompts), SAMPLING)
         inputs["past_key_values"] = cache
-        assert decode(double, tokenizer, inputs, prompts, SAMPLING) == without
+        assert decode(double, tokenizer, inputs, sampler(prompts), SAMPLING) == without
 
 
 @pytest.mark.parametrize("name", architectures.NAMED)
@@ -66,9 +71,9 @@ def test_shared_prefill_on_every_architecture(name: str, tokenizer: Any) -> None
     prompts = [[30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41], [50, 51, 52]]
     with torch.no_grad():
         inputs = prefill(model, tokenizer, prompts, SAMPLING)
-        together = decode(model, tokenizer, inputs, ["a", "b"], SAMPLING)
+        together = decode(model, tokenizer, inputs, sampler(["a", "b"]), SAMPLING)
         inputs.pop("past_key_values")
-        assert decode(model, tokenizer, inputs, ["a", "b"], SAMPLING) == together
+        assert decode(model, tokenizer, inputs, sampler(["a", "b"]), SAMPLING) == together
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""Several processes on one job, as `accelerate launch` or `torchrun` start them; one process without either."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share a job.
+
+    Attributes:
+        rank: of this one.
+        count: how many there are.
+        wait: returns when all of them have called it.
+    """
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = _nothing
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join(device: str | None = None) -> Processes:
+    """Meets the other processes of the job that the environment speaks of (WORLD_SIZE, RANK)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone)

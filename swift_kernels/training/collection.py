@@ -1,0 +1,244 @@
+"""One pass over the LLM: rollouts and the activations of their tokens, by one process or several, and resumable.
+
+Problems are generated in units of as many as fit a batch. A unit is the same problems in every run, however often it
+was interrupted and whoever computes it: what it holds does not depend on that to the last bit. Its shard is written
+before its rollouts, and a unit counts as done when it has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swift_kernels import features
+from swift_kernels.checkpoint import fingerprint
+from swift_kernels.evaluation.tasks import Problem, Task
+from swift_kernels.files import replacing
+from swift_kernels.head import HeadConfig
+from swift_kernels.integrations.compatibility import eos_token_ids
+from swift_kernels.integrations.shared_prompt import forward_responses
+from swift_kernels.processes import Processes
+from swift_kernels.progress import Update
+from swift_kernels.training import sketch as sketches
+from swift_kernels.training import store as stores
+from swift_kernels.training.generation import Sampling, generate_together
+from swift_kernels.training.recording import Recorder, distinct_places
+from swift_kernels.training.rollouts import Rollout, RolloutWriter
+from swift_kernels.training.sketch import Sketch
+from swift_kernels.training.store import Layout, ShardProblem, StoreWriter, digest
+
+PILOT_PROBLEMS = 32
+"""Whose activations a PCA sketch is made from."""
+
+Notes = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to collect: the answers of a model to a task's problems.
+
+    Attributes:
+        header: of the rollout file.
+        batch_size: answers decoded at once.
+        output: the rollout file.
+        store: the folder of the activations, or None.
+        layout: what the store keeps; without the sketch's method and dimensions it keeps all of it.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    problems: Sequence[Problem]
+    sampling: Sampling
+    chat: bool
+    header: dict[str, Any]
+    output: Path
+    batch_size: int = 64
+    store: Path | None = None
+    layout: Layout | None = None
+
+    def units(self) -> dict[str, Sequence[Problem]]:
+        """The problems that are generated together, by the name of their shard."""
+        size = max(1, self.batch_size // self.sampling.n)
+        return {f"{start:05d}": self.problems[start : start + size] for start in range(0, len(self.problems), size)}
+
+
+@torch.no_grad()
+def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes) -> int:
+    """Generates what is missing of a job; returns how many problems were there before.
+
+    Each process writes a file of its own; the first one puts them together at the end.
+    """
+    known = _known(job)
+    if job.store is not None:
+        _check_space(job)
+    store = _open_store(job, processes, note)
+    missing = {
+        name: problems
+        for name, problems in job.units().items()
+        if any(problem.id not in known for problem in problems)
+        or (job.store is not None and not _has_shard(job, name, problems))
+    }
+    before = len(job.problems) - sum(problem.id not in known for problem in job.problems)
+    # Everybody has looked before anybody writes.
+    processes.wait()
+    done = len(job.problems) - sum(map(len, missing.values()))
+    update(done)
+    path = job.output if processes.count == 1 else part_of(job.output, processes.rank)
+    right = total = 0
+    with RolloutWriter(path, job.header) as writer:
+        for name, problems in list(missing.items())[processes.rank :: processes.count]:
+            rollouts, recorded = _generate(job, store, problems)
+            if store is not None:
+                kept = [known.get(rollout.id, rollout) for rollout in rollouts]
+                if [_answers(rollout) for rollout in kept] != [_answers(rollout) for rollout in rollouts]:
+                    note(f"{job.store}: shard {name} is computed from answers that were generated in other batches")
+                    recorded = [_teacher_forced(job, store, rollout) for rollout in kept]
+                responses = [response for _, own in recorded for response in own]
+                store.write(name, [problem for problem, _ in recorded], responses)
+            for rollout in rollouts:
+                if rollout.id not in known:
+                    writer.write(rollout)
+                right += sum(candidate.correct for candidate in rollout.candidates)
+                total += len(rollout.candidates)
+            done += len(problems) * processes.count
+            update(min(done, len(job.problems)), f"{right / total:.0%} right")
+    processes.wait()
+    if processes.is_first:
+        _put_together(job)
+    processes.wait()
+    return before
+
+
+def part_of(output: Path, rank: int) -> Path:
+    """The file of one of several processes."""
+    return output.with_name(f"{output.name}.part{rank}")
+
+
+def _files(output: Path) -> list[Path]:
+    """The rollout file and those of processes that did not come to put them together."""
+    return [path for path in (output, *sorted(output.parent.glob(f"{output.name}.part[0-9]*"))) if path.exists()]
+
+
+def _known(job: Job) -> dict[str, Rollout]:
+    """The rollouts that are there, in whichever file; each file is held against the job's settings."""
+    known: dict[str, Rollout] = {}
+    for path in _files(job.output):
+        with RolloutWriter(path, job.header) as writer:
+            known |= {rollout.id: rollout for rollout in writer.rollouts}
+    return known
+
+
+def _put_together(job: Job) -> None:
+    """One file of all rollouts, in the order of the problems; of others that were there before, after them."""
+    paths = _files(job.output)
+    if paths == [job.output]:
+        return
+    known = _known(job)
+    wanted = [problem.id for problem in job.problems]
+    order = dict.fromkeys([*(identity for identity in wanted if identity in known), *known])
+    with replacing(job.output) as temporary, RolloutWriter(temporary, job.header) as writer:
+        for identity in order:
+            writer.write(known[identity])
+    for path in paths:
+        if path != job.output:
+            path.unlink()
+
+
+def _generate(
+    job: Job, store: StoreWriter | None, problems: Sequence[Problem]
+) -> tuple[list[Rollout], list[tuple[ShardProblem, list[Tensor]]]]:
+    recorder = None if store is None else Recorder(job.model, store.layout, store.sketch)
+    arguments = (job.model, job.tokenizer, job.task, problems, job.sampling)
+    return generate_together(*arguments, chat=job.chat, recorder=recorder)
+
+
+def _open_store(job: Job, processes: Processes, note: Notes) -> StoreWriter | None:
+    if job.store is None or job.layout is None:
+        return None
+    model = fingerprint(job.model)
+    if processes.is_first:
+        # Settings are compared before anything is computed for the sketch.
+        fresh = not (job.store / stores.HEADER_NAME).exists()
+        StoreWriter(job.store, job.layout, model, make_sketch(job) if fresh else None)
+        for shard in stores.shards_of(job.store):
+            if problem := stores.damage(job.store, shard):
+                note(f"{problem}; it is made anew")
+                (job.store / f"{shard.name}.json").unlink()
+    processes.wait()
+    sketch = None if job.layout.sketch is None else Sketch.load(job.store / stores.SKETCH_NAME)
+    return StoreWriter(job.store, job.layout, model, sketch)
+
+
+def _has_shard(job: Job, name: str, problems: Sequence[Problem]) -> bool:
+    record = job.store / f"{name}.json" if job.store else Path()
+    return record.exists() and stores.read_shard(record).ids == [problem.id for problem in problems]
+
+
+def make_sketch(job: Job) -> Sketch | None:
+    """The projections that a layout asks for; a PCA needs the answers to a few problems."""
+    layout = job.layout
+    if layout is None or layout.sketch is None:
+        return None
+    method, dimensions = layout.sketch["method"], layout.sketch["dimensions"]
+    if method == "random":
+        return sketches.random_sketch(layout.widths, dimensions)
+    recorder_layout = replace(layout, sketch=None, dtype="float32")
+    values: list[Tensor] = []
+    size = max(1, job.batch_size // job.sampling.n)
+    pilot = job.problems[:PILOT_PROBLEMS]
+    for start in range(0, len(pilot), size):
+        recorder = Recorder(job.model, recorder_layout)
+        arguments = (job.model, job.tokenizer, job.task, pilot[start : start + size], job.sampling)
+        _, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder)
+        values += [response for _, responses in recorded for response in responses]
+    return sketches.pca_sketch(torch.cat(values).split(layout.widths, dim=1), dimensions)
+
+
+def _answers(rollout: Rollout) -> list[list[int]]:
+    return [candidate.token_ids or [] for candidate in rollout.candidates]
+
+
+def _teacher_forced(job: Job, store: StoreWriter, rollout: Rollout) -> tuple[ShardProblem, list[Tensor]]:
+    """What a shard holds of answers that are there already: by a second pass over the model."""
+    layout, answers = store.layout, _answers(rollout)
+    places = distinct_places(answers)
+    distinct = list(dict.fromkeys(map(tuple, answers)))
+    eos = eos_token_ids(job.model)
+    lengths = [len(features.scored_tokens(answer, eos, layout.span)) for answer in distinct]
+    values = torch.empty(sum(lengths), sum(layout.stored_widths), dtype=stores.DTYPES[layout.dtype])
+    columns = torch.tensor([0, *layout.stored_widths]).cumsum(0).tolist()
+
+    def keep(rows: Tensor, k: int, entry: Tensor) -> None:
+        kept = entry if store.sketch is None else store.sketch.apply(k, entry)
+        values[rows, columns[k] : columns[k + 1]] = kept.to(values)
+
+    forward_responses(job.model, head_config(layout), rollout.prompt_token_ids or [], distinct, keep)
+    return ShardProblem(rollout.id, places, digest(answers)), list(values.split(lengths))
+
+
+def head_config(layout: Layout) -> HeadConfig:
+    """Of a head that reads the entries of a store as the model computes them."""
+    return HeadConfig(layout.widths, layout.features, layout.layers, layout.num_hidden_layers, span=layout.span)
+
+
+def _check_space(job: Job) -> None:
+    """Raises when the largest store that may come of the job does not fit on the disk."""
+    assert job.store is not None
+    assert job.layout is not None
+    tokens, nbytes = largest_store(job)
+    there = sum(path.stat().st_size for path in job.store.glob("*.safetensors")) if job.store.is_dir() else 0
+    what = f"the activations of {len(job.problems):,} problems, up to {tokens:,} tokens,"
+    stores.check_space(job.store, nbytes - there, what)
+
+
+def largest_store(job: Job) -> tuple[int, int]:
+    """The most tokens a job may store, and their bytes: every answer as long as it may be, and no two alike."""
+    assert job.layout is not None
+    tokens = len(job.problems) * job.sampling.n * job.sampling.max_new_tokens
+    return tokens, job.layout.nbytes(tokens)

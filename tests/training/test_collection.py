@@ -1,0 +1,345 @@
+"""Rollouts and their store in one pass: what is stored, and that neither interruptions nor processes change it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swift_kernels.evaluation.tasks import Sums
+from swift_kernels.integrations.shared_prompt import forward_responses
+from swift_kernels.processes import Processes
+from swift_kernels.training import collection, generation
+from swift_kernels.training.collection import Job, collect_rollouts
+from swift_kernels.training.generation import Sampling, settings
+from swift_kernels.training.rollouts import read
+from swift_kernels.training.sketch import Sketch
+from swift_kernels.training.store import Store, StoreError, make_layout
+from tests import tiny
+
+SAMPLING = Sampling(n=3, max_new_tokens=8, seed=5)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "hidden states": {"layers": "all", "dtype": "float32"},
+    "bfloat16, two layers": {"layers": [0, -1]},
+    "logits": {"layers": "logits", "dtype": "float32"},
+    "random sketch": {"layers": "all", "dtype": "float32", "sketch": "random:4"},
+    "pca": {"layers": "all", "dtype": "float32", "sketch": "pca:4"},
+}
+
+
+def make_job(model: Any, tokenizer: Any, folder: Path, problems: int = 7, **layout: Any) -> Job:
+    task = Sums()
+    return Job(
+        model,
+        tokenizer,
+        task,
+        task.problems("train", problems),
+        SAMPLING,
+        False,
+        settings(model, task, SAMPLING, split="train", chat=False),
+        folder / "rollouts.jsonl",
+        batch_size=6,
+        store=folder / "store",
+        layout=make_layout(model, **(layout or {"layers": "all"})),
+    )
+
+
+def collect(job: Job, processes: Processes | None = None) -> list[str]:
+    notes: list[str] = []
+    collect_rollouts(job, processes or Processes(), lambda *_: None, notes.append)
+    return notes
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_store_holds_what_a_second_pass_computes(model: Any, tokenizer: Any, tmp_path: Path, layout: Any) -> None:
+    job = make_job(model, tokenizer, tmp_path, **layout)
+    collect(job)
+    store = Store(job.store)
+    assert store.layout == job.layout
+    rollouts = read(job.output).rollouts
+    assert [rollout.id for rollout in rollouts] == [problem.id for problem in job.problems]
+    for rollout in rollouts:
+        answers = [candidate.token_ids for candidate in rollout.candidates]
+        config = collection.head_config(store.layout)
+        expected: dict[int, torch.Tensor] = {}
+
+        def keep(rows: torch.Tensor, k: int, entry: torch.Tensor, expected: Any = expected) -> None:
+            kept = entry if store.sketch is None else store.sketch.apply(k, entry)
+            expected.setdefault(k, torch.zeros(200, kept.shape[1]))[rows] = kept
+
+        cu_seqlens = forward_responses(model, config, rollout.prompt_token_ids, answers, keep)
+        values, stored_lengths = store.batch(torch.tensor(store.responses(rollout.id, answers)))
+        assert stored_lengths.tolist() == cu_seqlens.tolist()
+        # A step and a pass over the whole answer differ by float32's rounding; bfloat16 stores 8 bits.
+        tolerance = 1e-2 if store.layout.dtype == "bfloat16" else 1e-4
+        for k, entry in enumerate(values):
+            torch.testing.assert_close(
+                entry.float(), expected[k][: int(cu_seqlens[-1])], rtol=tolerance, atol=tolerance
+            )
+
+
+def test_equal_answers_are_stored_once(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = replace(make_job(model, tokenizer, tmp_path), sampling=replace(SAMPLING, temperature=1e-4))
+    collect(job)
+    store = Store(job.store)
+    rollouts = read(job.output).rollouts
+    assert all(len({tuple(c.token_ids) for c in rollout.candidates}) == 1 for rollout in rollouts)
+    assert len(store.lengths) == len(rollouts)
+    for rollout in rollouts:
+        assert len(set(store.responses(rollout.id, [c.token_ids for c in rollout.candidates]))) == 1
+
+
+def test_confidence_is_that_of_the_models_own_distribution(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = replace(make_job(model, tokenizer, tmp_path), sampling=replace(SAMPLING, temperature=0.5, top_p=0.8))
+    collect(job)
+    for rollout in read(job.output).rollouts:
+        for candidate in rollout.candidates:
+            ids = torch.tensor([[*rollout.prompt_token_ids, *candidate.token_ids]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(rollout.prompt_token_ids) - 1 : -1].double()
+            logprobs = logits.log_softmax(-1)
+            uniform = torch.full_like(logprobs, -torch.tensor(float(logits.shape[-1])).log())
+            expected = (
+                logprobs.gather(1, torch.tensor(candidate.token_ids)[:, None])[:, 0],
+                torch.distributions.Categorical(logits=logits).entropy(),
+                (uniform.exp() * (uniform - logprobs)).sum(-1),
+            )
+            found = candidate.confidence
+            for values, wanted in zip((found.logprobs, found.entropies, found.self_certainties), expected, strict=True):
+                # Five digits are kept of what float32 computed.
+                torch.testing.assert_close(torch.tensor(values).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["before a shard", "before its rollouts", "between rollouts"])
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    whole, broken = (make_job(model, tokenizer, tmp_path / name) for name in ("whole", "broken"))
+    collect(whole)
+    for allowed in (1, 2, 0):
+        with monkeypatch.context() as patches:
+            owner, name = {
+                "before a shard": (collection, "generate_together"),
+                "before its rollouts": (collection.StoreWriter, "write"),
+                "between rollouts": (collection.RolloutWriter, "write"),
+            }[stage]
+            calls = iter(range(allowed))
+            original = getattr(owner, name)
+
+            def interrupted(*args: Any, calls: Any = calls, original: Any = original, **kwargs: Any) -> Any:
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt
+                return original(*args, **kwargs)
+
+            patches.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                collect(broken)
+    collect(broken)
+    assert contents(broken.output.parent) == contents(whole.output.parent)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "record"])
+def test_a_damaged_shard_is_named_and_made_anew_alone(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    job = make_job(model, tokenizer, tmp_path)
+    collect(job)
+    before = contents(tmp_path)
+    shard = job.store / "00002.safetensors"
+    if damage == "truncated":
+        os.truncate(shard, 400)
+    elif damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[-9] ^= 1
+        shard.write_bytes(data)
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        shard.with_suffix(".json").unlink()
+    if damage != "record":
+        with pytest.raises(StoreError, match=r"00002\.safetensors .*makes this shard anew"):
+            Store(job.store)
+    generated = []
+    original = collection.generate_together
+    monkeypatch.setattr(
+        collection, "generate_together", lambda *a, **k: generated.append(len(a[3])) or original(*a, **k)
+    )
+    notes = collect(job)
+    assert generated == [2], "the problems of one shard"
+    assert damage == "record" or "00002.safetensors" in notes[0]
+    assert contents(tmp_path) == before
+
+
+def test_more_problems_continue_a_run_whose_last_shard_was_not_full(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    collect(make_job(model, tokenizer, tmp_path, problems=3))
+    first = read(tmp_path / "rollouts.jsonl").rollouts
+    job = make_job(model, tokenizer, tmp_path, problems=6)
+    collect(job)
+    rollouts = read(job.output).rollouts
+    assert rollouts[:3] == first
+    assert [rollout.id for rollout in rollouts] == [problem.id for problem in job.problems]
+    store = Store(job.store)
+    for rollout in rollouts:
+        store.responses(rollout.id, [candidate.token_ids for candidate in rollout.candidates])
+
+
+def test_answers_of_other_batches_are_stored_by_a_second_pass(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = make_job(model, tokenizer, tmp_path, layers="all", dtype="float32")
+    collect(replace(job, store=None, layout=None))
+    lines = job.output.read_text().splitlines()
+    # As if another machine's rounding had sampled otherwise.
+    changed = [line.replace('"token_ids":[', '"token_ids":[9,', 1) for line in lines]
+    job.output.write_text("\n".join(changed) + "\n")
+    notes = collect(job)
+    assert "generated in other batches" in notes[0]
+    store = Store(job.store)
+    for rollout in read(job.output).rollouts:
+        places = store.responses(rollout.id, [candidate.token_ids for candidate in rollout.candidates])
+        assert all(store.lengths[place] for place in places)
+
+
+def test_processes_share_the_work_and_agree(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    alone = make_job(model, tokenizer, tmp_path / "alone")
+    collect(alone)
+    barrier = threading.Barrier(2)
+
+    # Threads in place of processes, with a model each: taps are on the model.
+    jobs = [make_job(tiny.model(), tokenizer, tmp_path / "shared") for _ in range(2)]
+
+    def process(rank: int) -> None:
+        collect(jobs[rank], Processes(rank, 2, lambda: barrier.wait(300) and None))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2)))
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_what_processes_left_behind_is_continued_by_one(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    alone, shared = (make_job(model, tokenizer, tmp_path / name) for name in ("alone", "shared"))
+    collect(alone)
+    collect(shared, Processes(1, 2))
+    assert collection.part_of(shared.output, 1).exists()
+    collect(shared)
+    assert contents(shared.output.parent) == contents(alone.output.parent)
+
+
+def test_other_settings_are_refused_and_nothing_changes(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = make_job(model, tokenizer, tmp_path)
+    collect(job)
+    before = contents(tmp_path)
+    with pytest.raises(StoreError, match="made with other settings: layout"):
+        collect(make_job(model, tokenizer, tmp_path, layers=[1]))
+    with pytest.raises(StoreError, match="made with other settings: model"):
+        collect(replace(job, model=tiny.model(seed=1)))
+    assert contents(tmp_path) == before
+
+
+def test_a_store_larger_than_the_disk_is_refused_before_the_model_runs(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(model, tokenizer, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(generation, "decode", lambda *args: pytest.fail("the model ran"))
+    with pytest.raises(StoreError, match=r"7 problems, up to 168 tokens, take up to 0\.0 GB"):
+        collect(job)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sketch_is_made_from_a_pilot_once(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collection, "PILOT_PROBLEMS", 4)
+    job = make_job(model, tokenizer, tmp_path, layers="all", sketch="pca:3")
+    collect(job)
+    sketch = Sketch.load(job.store / "sketch.safetensors")
+    assert sketch.widths == (3,) * 3
+    monkeypatch.setattr(collection, "make_sketch", lambda job: pytest.fail("made again"))
+    collect(job)
+
+
+@pytest.mark.parametrize(
+    ("sketch", "message"),
+    [("pca", "expected random:K or pca:K, K from 1 to 16"), ("pca:17", "K from 1 to 16"), ("cut:3", "'cut:3'")],
+    ids=["no dimensions", "too many", "unknown"],
+)
+def test_bad_sketches_are_refused(model: Any, sketch: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message):
+        make_layout(model, "all", sketch=sketch)
+
+
+def rollout_command(model: Path, folder: Path) -> list[str]:
+    arguments = ["rollout", "--model", str(model), "--task", "sums", "--problems", "8", "--n", "2"]
+    arguments += ["--max-new-tokens", "4", "--batch-size", "4", "--device", "cpu"]
+    return [*arguments, "--output", str(folder / "r.jsonl"), "--store", str(folder / "store")]
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_write_what_one_writes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = tiny.save(tmp_path / "model")
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    for prefix, folder in ((["swift_kernels"], alone), ([*launch, "swift_kernels"], shared)):
+        command = [sys.executable, "-m", *prefix, *rollout_command(model, folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("8 problems, 16 answers") == 1
+    assert contents(shared) == contents(alone)
+
+
+SAYS_WHERE_IT_IS = """
+import sys
+from swift_kernels.cli import main
+from swift_kernels.training import collection
+
+def tell(owner, name):
+    original = getattr(owner, name)
+    def told(*arguments, **options):
+        print(name, flush=True)
+        return original(*arguments, **options)
+    setattr(owner, name, told)
+
+tell(collection, "generate_together")
+tell(collection.StoreWriter, "write")
+tell(collection.RolloutWriter, "write")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    model = tiny.save(tmp_path / "model")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = [sys.executable, "-m", "swift_kernels"]
+    subprocess.run([*run, *rollout_command(model, whole)], check=True, capture_output=True)
+    chance = random.Random(0)
+    for _ in range(10):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAYS_WHERE_IT_IS, *rollout_command(model, killed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdout is not None
+        for _ in range(chance.randrange(1, 5)):
+            process.stdout.readline()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    subprocess.run([*run, *rollout_command(model, killed)], check=True, capture_output=True)
+    assert contents(killed) == contents(whole)
