@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ pytest.importorskip("typer")
 from swift_kernels import SwiftHead, files
 from swift_kernels.cli import main
 from swift_kernels.integrations.models import load_model
+from swift_kernels.training import resume
+from swift_kernels.training.recipe import RECIPES
 from swift_kernels.training.rollouts import Response, Rollout, RolloutWriter, read
 from tests import tiny
 
@@ -138,6 +141,14 @@ BAD_INPUT = {
     "validation": (
         ["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--validation", "1.5"],
         "validation is 1.5",
+    ),
+    "recipe": (
+        ["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--recipe", "best"],
+        "recipe is 'best': expected one of swift, upstream",
+    ),
+    "loss": (
+        ["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--loss", "mse"],
+        "loss is 'mse': expected one of bce, hinge, dpo, infonca, nca",
     ),
     "output-is-a-file": (["train", "ROLLOUTS", "--model", "MODEL", "--output", "ROLLOUTS"], "is a file: expected a"),
     "output-is-a-folder": (
@@ -279,9 +290,63 @@ class TestTrainAndEvaluate:
         code, out, _ = run(capsys, "train", rollouts, *options, "--json")
         assert code == 0
         facts = json.loads(out)
-        assert (len(facts["epochs"]), facts["recipe"]["learning_rate"], facts["test"]) == (1, 1e-4, None)
+        assert [epoch["number"] for epoch in facts["epochs"]] == [0, 1], "the ridge start, and one epoch"
+        assert (facts["recipe"]["start"], facts["test"]) == ("ridge", None)
         config = SwiftHead.from_pretrained(str(tmp_path / "h")).config
         assert (config.layers, config.gate, config.task) == ((0, 2), False, "sums")
+
+    def test_given_options_override_the_recipe(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path
+    ) -> None:
+        options = ["--model", model_folder, "--output", tmp_path / "h", "--recipe", "upstream", "--epochs", "2"]
+        code, out, _ = run(capsys, "train", rollouts, *options, "--loss", "hinge", "--keep", "best", "--json")
+        assert code == 0
+        expected = replace(RECIPES["upstream"], epochs=2, loss="hinge", keep="best")
+        assert json.loads(out)["recipe"] == asdict(expected)
+
+    @pytest.mark.parametrize("recipe", ["swift", "upstream"])
+    def test_the_card_says_how_to_make_the_same_head_again(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path, recipe: str
+    ) -> None:
+        options = ["--model", model_folder, "--recipe", recipe, "--epochs", "3", "--lr", "0.0123", "--loss", "infonca"]
+        assert run(capsys, "train", rollouts, "--output", tmp_path / "head", *options)[0] == 0
+        card = (tmp_path / "head" / "README.md").read_text()
+        command = card.split("swift-kernels train ")[1].split("```")[0].replace("\\\n", " ").split()
+        assert command[0] == rollouts.name
+        command[command.index("--output") + 1] = str(tmp_path / "again")
+        assert run(capsys, "train", rollouts, *command[1:])[0] == 0
+        first, again = (tmp_path / name / "model.safetensors" for name in ("head", "again"))
+        assert first.read_bytes() == again.read_bytes()
+
+    def test_a_killed_fit_goes_on(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+        model_folder: Path,
+        rollouts: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        options = ["--model", model_folder, "--epochs", "4", "--patience", "4"]
+        assert run(capsys, "train", rollouts, "--output", tmp_path / "whole", *options)[0] == 0
+        genuine, saves = resume.save, []
+
+        def killed(*args: Any) -> None:
+            genuine(*args)
+            saves.append(args)
+            if len(saves) == 3:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(resume, "save", killed)
+        assert run(capsys, "train", rollouts, "--output", tmp_path / "head", *options)[0] == 130
+        assert [path.name for path in (tmp_path / "head").iterdir()] == ["unfinished-fit.safetensors"]
+        code, out, err = run(capsys, "train", rollouts, "--output", tmp_path / "head", *options, "--lr", "0.5")
+        assert (code, out) == (2, "")
+        assert "is the checkpoint of another fit: recipe 0: learning_rate is 0.0001 there and 0.5 here" in err
+        assert run(capsys, "train", rollouts, "--output", tmp_path / "head", *options)[0] == 0
+        assert len(saves) == 5, "the ridge start and two epochs were not done again"
+        assert not (tmp_path / "head" / "unfinished-fit.safetensors").exists()
+        whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "head"))
+        assert whole.read_bytes() == resumed.read_bytes()
 
     def test_nothing_to_learn(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path) -> None:
         path = tmp_path / "r.jsonl"

@@ -117,26 +117,55 @@ def train(
     layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, or logits.")] = "all",
     gate: Annotated[bool, typer.Option(help="Weigh tokens by a gate, or take their plain mean.")] = True,
     test: Annotated[Path | None, typer.Option(help="Rollouts on other problems, to evaluate the head on.")] = None,
-    validation: Annotated[float, typer.Option(help="Share of the problems held back for early stopping.")] = 0.2,
-    epochs: int = 40,
-    patience: Annotated[int, typer.Option(help="Epochs without a better validation loss before it stops.")] = 3,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
-    weight_decay: float = 1e-5,
-    batch_size: Annotated[int, typer.Option(help="Answers a step.")] = 16,
-    seed: int = 0,
+    recipe: Annotated[str, typer.Option(help="swift, or upstream for the paper's; the options below override it.")] = (
+        "swift"
+    ),
+    loss: Annotated[str | None, typer.Option(help="bce, hinge, dpo, infonca or nca.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: float | None = None,
+    batch_size: Annotated[int | None, typer.Option(help="Answers a step.")] = None,
+    epochs: int | None = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Epochs without a better held-out figure until it stops.")
+    ] = None,
+    validation: Annotated[float | None, typer.Option(help="Share that is held back for early stopping.")] = None,
+    seed: int | None = None,
+    standardize: Annotated[bool | None, typer.Option(help="Train on features of mean 0 and deviation 1.")] = None,
+    start: Annotated[str | None, typer.Option(help="ridge or random.")] = None,
+    split: Annotated[str | None, typer.Option(help="Hold back by problem or by candidate.")] = None,
+    stop: Annotated[str | None, typer.Option(help="What is watched on the held-out side: auc or loss.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Weights of the best or of the last epoch.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Train a head on rollouts: the model runs once over them, then the head is fitted to its hidden states."""
+    """Train a head on rollouts: the model runs once over them, then the head is fitted to its hidden states.
+
+    A fit that was interrupted goes on after its last whole epoch when the same command is given again.
+    """
     from swift_kernels.cli import render
-    from swift_kernels.training.fit import Recipe
+    from swift_kernels.training.recipe import get_recipe
     from swift_kernels.training.rollouts import read
-    from swift_kernels.training.train import train_head
+    from swift_kernels.training.train import CHECKPOINT_NAME, train_head
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
-    recipe = Recipe(lr, weight_decay, batch_size, epochs, patience, validation, seed)
+    chosen = get_recipe(
+        recipe,
+        loss=loss,
+        learning_rate=lr,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        epochs=epochs,
+        patience=patience,
+        validation=validation,
+        seed=seed,
+        standardize=standardize,
+        start=start,
+        split=split,
+        stop=stop,
+        keep=keep,
+    )
     train_file = read(rollouts)
     test_file = None if test is None else read(test)
     selection = _parse_layers(layers)
@@ -147,16 +176,17 @@ def train(
         train_file,
         layers=selection,
         gate=gate,
-        recipe=recipe,
+        recipe=chosen,
         test=test_file,
         model_name=model,
+        checkpoint=output / CHECKPOINT_NAME,
         progress=render.progress,
         note=render.note,
     )
     result.save(output)
     parts: list[Any] = [
-        f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, best epoch "
-        f"{result.fit.best.number} of {len(result.fit.history)}, validation loss {result.fit.best.validation_loss:.4f}"
+        f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, epoch "
+        f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}"
     ]
     title = "validation" if result.test is None else "test"
     shown = result.test or result.validation

@@ -10,6 +10,13 @@ from swift_kernels.evaluation.metrics import Estimate
 from swift_kernels.head import HeadConfig
 from swift_kernels.training.fit import Fit, Recipe
 
+_LOSSES = {
+    "bce": "binary cross-entropy",
+    "hinge": "hinge loss",
+    "dpo": "DPO over pairs of a right and a wrong answer",
+    "infonca": "InfoNCA",
+    "nca": "NCA",
+}
 _SELECTORS = {"random": "random pick", "vote": "majority vote", "swift": "**SWIFT**", "oracle": "oracle"}
 
 
@@ -51,22 +58,21 @@ def model_card(
         f"{data['candidates']:,} answers to {data['problems']:,} problems"
         + (f" of the task `{config.task}`" if config.task else "")
         + f" ({data['rollouts']}), {data['correct'] / data['candidates']:.1%} of them right; "
-        f"{data['validation_problems']:,} of the problems were held back for early stopping.",
+        + _held_back(recipe, data),
         *_sampling(data["header"]),
         "",
         "## Recipe",
         "",
-        f"Binary cross-entropy on the pooled score, AdamW, learning rate {recipe.learning_rate:g}, weight decay "
-        f"{recipe.weight_decay:g}, {recipe.batch_size} answers a step, at most {recipe.epochs} epochs, patience "
-        f"{recipe.patience}, seed {recipe.seed}. The weights are those of epoch {fit.best.number} of "
-        f"{len(fit.history)}, which has the least validation loss ({fit.best.validation_loss:.4f}).",
+        _recipe(recipe, fit),
         "",
         "## Results",
         "",
     ]
     if test is None:
         lines += [
-            "On the validation problems, which early stopping looked at: not an independent test.",
+            "On the validation problems, which early stopping looked at"
+            + (" and other answers to which were trained on" if recipe.split == "candidate" else "")
+            + ": not an independent test.",
             "",
             *_results(validation),
         ]
@@ -86,6 +92,44 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _held_back(recipe: Recipe, data: dict[str, Any]) -> str:
+    if recipe.split == "candidate":
+        return f"{recipe.validation:.0%} of the answers, whatever their problem, were held back for early stopping."
+    return f"{data['validation_problems']:,} of the problems were held back for early stopping."
+
+
+def _recipe(recipe: Recipe, fit: Fit) -> str:
+    features = (
+        "Features standardised over the training tokens, folded into the weights afterwards"
+        if recipe.standardize
+        else "Features as they are"
+    )
+    start = (
+        f"start from a ridge regression on the answers' mean features (penalty {fit.penalty:g} of the mean diagonal, "
+        "by the AUC within the held-out problems)"
+        if recipe.start == "ridge"
+        else "random start"
+    )
+    watched = "AUC within the held-out problems" if recipe.stop == "auc" else "held-out loss"
+    ended = (
+        f"it stopped after epoch {fit.history[-1].number}, {recipe.patience} epochs without a better {watched}"
+        if fit.stopped_early
+        else f"it ran all {fit.history[-1].number} epochs"
+    )
+    kept = f"The weights are those of epoch {fit.kept.number}"
+    if fit.kept.number == 0:
+        kept += ", the start itself"
+    if recipe.keep == "best":
+        kept += f", which has the best {watched}"
+    elif fit.kept != fit.best:
+        kept += f", the last; epoch {fit.best.number} had the best {watched}"
+    return (
+        f"{features}; {start}; {_LOSSES[recipe.loss]} on the pooled scores; AdamW, learning rate "
+        f"{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, {recipe.batch_size} answers a step, at most "
+        f"{recipe.epochs} epochs, seed {recipe.seed}; {ended}. {kept} ({fit.kept.held_out})."
+    )
 
 
 def _results(evaluation: Evaluation) -> list[str]:
@@ -126,10 +170,12 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
     return [
         *lines,
         f"swift-kernels train {data['rollouts']}{test} --model {data['model']} --output head \\",
-        f"    --layers {layers} {'--gate' if config.gate else '--no-gate'} --validation {recipe.validation} "
-        f"--epochs {recipe.epochs} --patience {recipe.patience} \\",
-        f"    --lr {recipe.learning_rate:g} --weight-decay {recipe.weight_decay:g} --batch-size {recipe.batch_size} "
-        f"--seed {recipe.seed}",
+        f"    --layers {layers} {'--gate' if config.gate else '--no-gate'} --loss {recipe.loss} "
+        f"--lr {recipe.learning_rate!r} --weight-decay {recipe.weight_decay!r} \\",
+        f"    --batch-size {recipe.batch_size} --epochs {recipe.epochs} --patience {recipe.patience} "
+        f"--validation {recipe.validation!r} --seed {recipe.seed} \\",
+        f"    {'--standardize' if recipe.standardize else '--no-standardize'} --start {recipe.start} "
+        f"--split {recipe.split} --stop {recipe.stop} --keep {recipe.keep}",
     ]
 
 

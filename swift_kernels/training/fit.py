@@ -1,165 +1,212 @@
-"""Fitting a head with the authors' recipe, and without its defects: the split is by problem, the best epoch is kept."""
+"""Fitting heads to stored features: one head, or many that share every read of the data.
+
+A head is trained on standardised features (unless its recipe says otherwise) and always holds the folded weights, those
+that read features as the model leaves them: what is validated is, bit for bit, what is returned.
+"""
 
 from __future__ import annotations
 
-import copy
-import math
-import random
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn import functional
+from torch import Tensor
 
 from swift_kernels.head import SwiftHead
-from swift_kernels.training.activations import Activations
+from swift_kernels.training import resume
+from swift_kernels.training.recipe import RECIPES, Recipe
+from swift_kernels.training.split import Example, NothingToLearnError, check_learnable, hold_back
+from swift_kernels.training.standardize import Store
+from swift_kernels.training.sweep import Epoch, Sweep
 
-
-class NothingToLearnError(ValueError):
-    """The rollouts cannot train a head; the message says why, with counts."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Hyperparameters, by default those of arXiv 2505.12225.
-
-    Attributes:
-        batch_size: candidates a step.
-        patience: epochs without a better validation loss before it stops.
-        validation: share of the problems that is held back for early stopping.
-    """
-
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-5
-    batch_size: int = 16
-    epochs: int = 40
-    patience: int = 3
-    validation: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: expected a number, not negative")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation is {self.validation}: expected a share between 0 and 1")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A graded response: its index in the activations, its grade, and the key of its problem."""
-
-    response: int
-    correct: bool
-    key: str
-
-
-@dataclass(frozen=True)
-class Epoch:
-    number: int
-    train_loss: float
-    validation_loss: float
+__all__ = [
+    "RECIPES",
+    "Epoch",
+    "Example",
+    "Fit",
+    "NothingToLearnError",
+    "Recipe",
+    "check_learnable",
+    "fit",
+    "fit_heads",
+    "hold_back",
+]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How a fit went: every epoch, the best one, and the keys of the problems that were held back."""
+    """How a fit went.
+
+    Attributes:
+        history: every epoch; with a ridge start, epoch 0 is that start.
+        best: the best epoch by what the recipe stops on.
+        kept: the epoch whose weights the head has.
+        validation_keys: the problems that have an answer on the held-out side.
+        stopped_early: whether patience ended it, not the number of epochs.
+        penalty: of the ridge start, relative to the mean diagonal of the Gram matrix.
+    """
 
     history: list[Epoch]
     best: Epoch
+    kept: Epoch
     validation_keys: set[str]
+    stopped_early: bool
+    penalty: float | None
 
 
 def fit(
     head: SwiftHead,
-    activations: Activations,
+    activations: Store,
     examples: Sequence[Example],
     recipe: Recipe,
     on_epoch: Callable[[Epoch, Epoch], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> Fit:
-    """Trains `head` in place: binary cross-entropy on the pooled score, AdamW, and the weights of the best epoch.
+    """Trains one head in place; see `fit_heads`. `on_epoch` is called with each epoch and the best so far."""
 
-    Examples of one key stay on one side of the split. `on_epoch` is called with each epoch and the best so far.
-
-    Raises:
-        NothingToLearnError: there is no right or no wrong response, or fewer than two problems.
-    """
-    check_learnable([example.correct for example in examples])
-    validation_keys = hold_back([example.key for example in examples], recipe.validation, recipe.seed)
-    train = [index for index, example in enumerate(examples) if example.key not in validation_keys]
-    validation = [index for index, example in enumerate(examples) if example.key in validation_keys]
-    if len({examples[index].correct for index in train}) < 2:
-        raise NothingToLearnError(
-            f"all {len(train)} answers on the training side of the split are alike: more problems are needed"
-        )
-    device = head.weight.device
-    generator = torch.Generator().manual_seed(recipe.seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        head.reset_parameters()
-    head.requires_grad_(True)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    responses = torch.tensor([example.response for example in examples])
-    targets = torch.tensor([float(example.correct) for example in examples])
-    train_indices, validation_indices = torch.tensor(train), torch.tensor(validation)
-
-    def loss(indices: torch.Tensor) -> torch.Tensor:
-        scores = head(*activations.batch(responses[indices], device))
-        return functional.binary_cross_entropy_with_logits(scores, targets[indices].to(device))
-
-    history: list[Epoch] = []
-    best: Epoch | None = None
-    best_weights = head.state_dict()
-    for number in range(1, recipe.epochs + 1):
-        total = 0.0
-        shuffled = train_indices[torch.randperm(len(train), generator=generator)]
-        for indices in shuffled.split(recipe.batch_size):
-            optimizer.zero_grad()
-            value = loss(indices)
-            value.backward()
-            optimizer.step()
-            total += value.item() * len(indices)
-        with torch.no_grad():
-            held_out = sum(loss(part).item() * len(part) for part in validation_indices.split(recipe.batch_size))
-        epoch = Epoch(number, total / len(train), held_out / len(validation))
-        history.append(epoch)
-        if not math.isfinite(epoch.train_loss + epoch.validation_loss):
-            raise NothingToLearnError(
-                f"the loss is {epoch.train_loss} in epoch {number}: lower the learning rate, or look for NaN in the "
-                "model's hidden states"
-            )
-        if best is None or epoch.validation_loss < best.validation_loss:
-            best, best_weights = epoch, copy.deepcopy(head.state_dict())
+    def report(index: int, epoch: Epoch, best: Epoch) -> None:
         if on_epoch is not None:
             on_epoch(epoch, best)
-        if number - best.number >= recipe.patience:
-            break
-    assert best is not None
-    head.load_state_dict(best_weights)
-    head.requires_grad_(False)
-    return Fit(history, best, validation_keys)
+
+    return fit_heads([head], activations, examples, [recipe], on_epoch=report, checkpoint=checkpoint)[0]
 
 
-def hold_back(keys: Sequence[str], fraction: float, seed: int) -> set[str]:
-    """The keys that go to the validation side: `fraction` of them, at least one, never all."""
-    distinct = sorted(set(keys))
-    if len(distinct) < 2:
-        raise NothingToLearnError(f"there is {len(distinct)} problem: expected at least 2, one of them to validate on")
-    random.Random(seed).shuffle(distinct)
-    return set(distinct[: min(max(1, round(fraction * len(distinct))), len(distinct) - 1)])
+def fit_heads(
+    heads: Sequence[SwiftHead],
+    activations: Store,
+    examples: Sequence[Example],
+    recipes: Sequence[Recipe],
+    *,
+    layers: Sequence[int] | None = None,
+    on_epoch: Callable[[int, Epoch, Epoch], None] | None = None,
+    checkpoint: Path | None = None,
+) -> list[Fit]:
+    """Trains heads in place, each by its own recipe and as if it were alone, up to rounding.
 
+    Heads whose recipes read the same candidates in the same order (`Recipe.reading`: split, seed, batch size, kind of
+    loss) share one pass over the data an epoch; the others take turns.
 
-def check_learnable(labels: Sequence[bool]) -> None:
-    """Raises when there is no right or no wrong answer."""
-    right = sum(labels)
-    if not labels:
-        raise NothingToLearnError("there is no answer with a scored token: every one ended at its first")
-    if right in (0, len(labels)):
-        which = "wrong" if right == 0 else "right"
-        raise NothingToLearnError(
-            f"all {len(labels)} answers are {which}: a head learns from right and wrong ones; choose easier or harder "
-            "problems, or a higher temperature"
+    Args:
+        heads: of any layers that are stored, with and without gate, on one device.
+        activations: stored features of the responses that `examples` name.
+        recipes: one a head.
+        layers: which layers the stored entries are, in order; needed where a head reads some of them alone.
+        on_epoch: called with the head's index, each epoch and the best so far.
+        checkpoint: a file that holds the state after every epoch while the fit is unfinished. Where it exists already,
+            the fit goes on from there and ends bit for bit as if it had not been interrupted.
+
+    Raises:
+        NothingToLearnError: the answers are all right or all wrong, there are too few problems, or features are NaN.
+        ResumeError: the checkpoint is of another fit.
+    """
+    if not heads or len(heads) != len(recipes):
+        raise ValueError(f"{len(heads)} heads and {len(recipes)} recipes: expected one recipe a head")
+    if len({head.weight.device for head in heads}) > 1 or len({id(head) for head in heads}) < len(heads):
+        raise ValueError("heads are on several devices, or one is there twice: expected distinct heads on one device")
+    entries = [_entries(head, activations, layers) for head in heads]
+    check_learnable([example.correct for example in examples])
+    empty = sum(not activations.lengths[example.response] for example in examples)
+    if empty:
+        raise NothingToLearnError(f"{empty} of {len(examples)} answers have no scored token: leave them out")
+
+    identity = _identity(heads, activations, examples, recipes, layers) if checkpoint is not None else {}
+    saved = None if checkpoint is None else resume.load(checkpoint, identity)
+    plans: dict[tuple, list[int]] = {}
+    for index, recipe in enumerate(recipes):
+        plans.setdefault(recipe.reading, []).append(index)
+    sweeps = [
+        Sweep(
+            [heads[index] for index in members],
+            [recipes[index] for index in members],
+            [entries[index] for index in members],
+            activations,
+            examples,
         )
+        for members in plans.values()
+    ]
+    for number, sweep in enumerate(sweeps):
+        if saved is not None and str(number) in saved[1]:
+            prefix = f"{number}/"
+            sweep.restore(
+                {name.removeprefix(prefix): tensor for name, tensor in saved[0].items() if name.startswith(prefix)},
+                saved[1][str(number)],
+            )
+    fits: dict[int, Fit] = {}
+    for sweep, members in zip(sweeps, plans.values(), strict=True):
+        for ended in sweep.run():
+            if checkpoint is not None:
+                _save(checkpoint, sweeps, identity)
+            if on_epoch is not None:
+                for member, epoch, best in ended:
+                    on_epoch(members[member], epoch, best)
+        for index, run in zip(members, sweep.runs, strict=True):
+            fits[index] = Fit(
+                run.history, run.best, run.kept, sweep.split.validation_keys, run.stopped_early, run.penalty
+            )
+    # All heads change at the end, or none where something was wrong.
+    for sweep in sweeps:
+        sweep.finish()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return [fits[index] for index in range(len(heads))]
+
+
+def _save(path: Path, sweeps: Sequence[Sweep], identity: dict[str, object]) -> None:
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+    for number, sweep in enumerate(sweeps):
+        if sweep.begun:
+            own, facts[str(number)] = sweep.state()
+            tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
+    resume.save(path, tensors, facts, identity)
+
+
+def _entries(head: SwiftHead, activations: Store, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """Which of the stored entries the head reads."""
+    own = head.config.layers
+    if layers is None or own is None:
+        entries = tuple(range(len(activations.widths)))
+    elif set(own) <= set(layers):
+        entries = tuple(list(layers).index(layer) for layer in own)
+    else:
+        raise ValueError(f"the head reads layers {list(own)}, stored are {list(layers)}")
+    widths = tuple(activations.widths[entry] for entry in entries)
+    if widths != head.config.widths:
+        raise ValueError(f"the head reads widths {list(head.config.widths)}, stored are {list(widths)}")
+    return entries
+
+
+def _identity(
+    heads: Sequence[SwiftHead],
+    activations: Store,
+    examples: Sequence[Example],
+    recipes: Sequence[Recipe],
+    layers: Sequence[int] | None,
+) -> dict[str, object]:
+    """What makes a fit this one and no other, flat, for `resume`."""
+    content = [[example.response, example.correct, example.key] for example in examples]
+    first = activations.batch(torch.tensor([examples[0].response]))[0]
+    return {
+        **{f"recipe {index}: {k}": v for index, recipe in enumerate(recipes) for k, v in asdict(recipe).items()},
+        **{
+            f"head {index}: {name}": value
+            for index, head in enumerate(heads)
+            for name, value in head.config.to_dict().items()
+            if name not in ("task", "metrics", "base_model")
+        },
+        "number of heads": len(heads),
+        "layers": None if layers is None else list(layers),
+        "number of answers": len(examples),
+        "answers": _digest(json.dumps(content).encode()),
+        "tokens": _digest(json.dumps(list(activations.lengths)).encode()),
+        # float32 holds every dtype that features are stored in.
+        "first features": _digest(*(entry.float().contiguous().numpy().tobytes() for entry in first)),
+    }
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
