@@ -107,8 +107,8 @@ def _recipe(recipe: Recipe, fit: Fit) -> str:
         else "Features as they are"
     )
     start = (
-        f"start from a ridge regression on the answers' mean features (penalty {fit.penalty:g} of the mean diagonal, "
-        "by the AUC within the held-out problems)"
+        "start from a ridge regression of the grades on the answers' mean features (penalty "
+        f"{fit.penalty:g} of their mean squared length, chosen by the AUC within the held-out problems)"
         if recipe.start == "ridge"
         else "random start"
     )

@@ -47,7 +47,7 @@ class Fit:
         kept: the epoch whose weights the head has.
         validation_keys: the problems that have an answer on the held-out side.
         stopped_early: whether patience ended it, not the number of epochs.
-        penalty: of the ridge start, relative to the mean diagonal of the Gram matrix.
+        penalty: of the ridge start, as in `standardize.PENALTIES`.
     """
 
     history: list[Epoch]

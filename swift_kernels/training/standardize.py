@@ -23,8 +23,8 @@ CONSTANT = 1e-6
 RIDGE_RESPONSES = 4096
 """At most so many responses enter a ridge regression, whose cost grows with their cube."""
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Relative to the mean diagonal of the Gram matrix."""
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Of a ridge regression, relative to the mean squared length of a candidate's features."""
 
 
 class Store(Protocol):
@@ -166,10 +166,11 @@ def ridge_paths(features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=features.device)
     for block in rows.split(2048, dim=1):
         gram += (block @ block.T).double()
+    length = gram.trace() / candidates
     side = target if dual else centred.T.double() @ target
     weights = []
     for penalty in PENALTIES:
-        damped = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        damped = gram + penalty * length * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         solution = torch.cholesky_solve(side[:, None], torch.linalg.cholesky(damped))[:, 0]
         weights.append((solution.to(centred.dtype) @ centred).double() if dual else solution)
     return torch.stack(weights)

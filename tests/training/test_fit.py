@@ -547,11 +547,10 @@ class TestStandardize:
         y = labels.double().repeat_interleave(repeats)
         x, y = x - x.mean(dim=0), y - y.mean()
         assert len(paths) == len(standardize.PENALTIES)
-        # The penalty is relative to the mean diagonal of the smaller Gram matrix, which has one row a distinct answer.
-        diagonal = x.square().sum() / min(shape)
+        length = x.square().sum() / shape[0]
         for penalty, weight in zip(standardize.PENALTIES, paths, strict=True):
-            gradient = x.T @ (x @ weight - y) + penalty * diagonal * weight
-            # The Gram matrix is of float32 products; a penalty of 1e-3 amplifies their rounding at most thousandfold.
+            gradient = x.T @ (x @ weight - y) + penalty * length * weight
+            # The Gram matrix is of float32 products; a penalty of 1e-2 amplifies their rounding at most a hundredfold.
             assert gradient.norm() < 1e-4 * (x.T @ y).norm()
 
     def test_ridge_start_is_the_best_of_its_penalties(self) -> None:
