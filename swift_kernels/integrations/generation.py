@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +46,19 @@ class Run:
 
     def tensors(self) -> list[Tensor]:
         return [self.rows, self.skipped, self.live, self.ended, self.lengths]
+
+
+def check_call(model: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses calls of `generate` that never reach its stopping criteria: other decoding loops and engines."""
+    arguments = inspect.signature(generate).bind(*args, **kwargs).arguments
+    extra = arguments.get("kwargs", {})
+    if arguments.get("custom_generate") is not None:
+        raise UnsupportedGenerationError("custom_generate replaces the decoding loop: use scorer.begin(slots) in it")
+    if arguments.get("assistant_model") is not None:
+        raise UnsupportedGenerationError("assisted generation rolls tokens back: scores would count rejected ones")
+    config = copy.deepcopy(arguments.get("generation_config") or model.generation_config)
+    config.update(**extra)
+    check_generation(config)
 
 
 def check_generation(config: Any) -> None:

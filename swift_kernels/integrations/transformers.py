@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from swift_kernels import features, schema
 from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.compatibility import check_head, generating_model
+from swift_kernels.integrations.feed_last import FeedLast
 from swift_kernels.integrations.generation import (
     NotScoredError,
     Run,
     UnsupportedGenerationError,
+    check_call,
     check_generation,
     refuse_continuous_batching,
 )
@@ -286,7 +288,7 @@ class Scorer:
             self._norms.reset()
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._check_call(original, args, kwargs)
+        check_call(self.model, original, args, kwargs)
         if self._generating:
             raise RuntimeError(
                 f"{type(self.model).__name__} is generating already, in another thread: a scorer follows one generate"
@@ -294,7 +296,7 @@ class Scorer:
         self._generating = True
         self._active = self._looping = False
         self._run = None
-        feed = _FeedLast(self) if self.head.config.span == "all" else None
+        feed = FeedLast(self) if self.head.config.span == "all" else None
         try:
             output = original(*args, **kwargs)
             if self._run is None:
@@ -308,20 +310,6 @@ class Scorer:
                 feed.remove()
             self._forget_step()
             self._active = self._generating = False
-
-    def _check_call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuses what never reaches `_get_stopping_criteria`: other decoding loops and engines."""
-        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
-        extra = arguments.get("kwargs", {})
-        if arguments.get("custom_generate") is not None:
-            raise UnsupportedGenerationError(
-                "custom_generate replaces the decoding loop: use scorer.begin(slots) in it"
-            )
-        if arguments.get("assistant_model") is not None:
-            raise UnsupportedGenerationError("assisted generation rolls tokens back: scores would count rejected ones")
-        config = copy.deepcopy(arguments.get("generation_config") or self.model.generation_config)
-        config.update(**extra)
-        check_generation(config)
 
     def _get_stopping_criteria(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> _Criteria:
         config = inspect.signature(original).bind(*args, **kwargs).arguments["generation_config"]
@@ -458,42 +446,3 @@ class _Criteria(transformers.StoppingCriteriaList):
                 ended = ended | met
         self.sampled(done, ended)
         return done
-
-
-class _FeedLast:
-    """Feeds the last sampled token once more after `generate`, for heads of span "all"."""
-
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer = scorer
-        self.inputs: dict[str, Any] = {}
-        self.handle = scorer.model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        names = ("past_key_values", "attention_mask", "position_ids")
-        self.inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-    def remove(self) -> None:
-        self.handle.remove()
-        self.inputs = {}
-
-    @torch.no_grad()
-    def run(self, output: Any) -> None:
-        scorer, run = self.scorer, self.scorer._run
-        assert run is not None
-        inputs = dict(self.inputs)
-        returned = not isinstance(output, Tensor)
-        sequences = output.sequences if returned else output
-        if scorer._whole_sequences:
-            token_ids = sequences
-            inputs.pop("position_ids", None)
-        else:
-            token_ids = sequences[:, -1:]
-            if returned:  # the caller's cache keeps its length
-                inputs["past_key_values"] = copy.deepcopy(inputs["past_key_values"])
-        if "attention_mask" in inputs:
-            mask = inputs["attention_mask"]
-            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        if "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
-        scorer.model(input_ids=token_ids, use_cache=not scorer._whole_sequences, **inputs)
-        scorer._keep(run)
