@@ -1,4 +1,4 @@
-"""Which hidden states or logits a head reads, and where a model keeps them.
+"""Which hidden states, logits or log-probabilities a head reads, and where a model keeps them.
 
 Layer indices are those of Hugging Face's `hidden_states`: 0 is the input of the first decoder layer, l the input of
 layer l, L (the number of layers) whatever the model returns last, nearly always the output of its final norm.
@@ -20,7 +20,16 @@ from swift_kernels.patching import patch
 
 HIDDEN_STATES = "hidden_states"
 LOGITS = "logits"
-FEATURE_SOURCES = (HIDDEN_STATES, LOGITS)
+TOP_LOGPROBS = "top_logprobs"
+FEATURE_SOURCES = (HIDDEN_STATES, LOGITS, TOP_LOGPROBS)
+FROM_LOGITS = (LOGITS, TOP_LOGPROBS)
+"""The sources that are read off the model's logits; their heads have one entry and no layers."""
+DEFAULT_TOP = 20
+"""How many log-probabilities the usual APIs return at most."""
+LOGPROB_FLOOR = -9999.0
+"""What the usual APIs return for a token that is too unlikely; log-probabilities below it, -inf too, count as this."""
+LOGITS_BLOCK = 256
+"""Tokens of which log-probabilities over the whole vocabulary exist at once in teacher forcing."""
 SHORT_FORWARD = 3
 """Tokens of a forward that shows what a model does."""
 
@@ -34,7 +43,7 @@ def resolve_layers(layers: str | Sequence[int], num_hidden_layers: int) -> tuple
     entries = num_hidden_layers + 1
     if isinstance(layers, str):
         if layers != "all":
-            raise ValueError(f'layers is {layers!r}: expected "all", "logits" or a list of indices')
+            raise ValueError(f'layers is {layers!r}: expected "all", "logits", "top_logprobs" or a list of indices')
         return tuple(range(entries))
     resolved = []
     for layer in layers:
@@ -105,7 +114,7 @@ def tap(
     """Calls `consume(k, entry)` with the k-th selected entry, in ascending k, in every forward of `model`.
 
     An entry is `[batch, tokens, width]`, the tensor that the model itself goes on with: it must not be changed. Closing
-    what is returned leaves the model as it was.
+    what is returned leaves the model as it was. Of `top_logprobs` the entry is the logits: see `pick`.
     """
 
     def before(k: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -114,11 +123,11 @@ def tap(
 
     def after(k: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        consume(k, output.logits if features == LOGITS else last_hidden_state(output))
+        consume(k, output.logits if features in FROM_LOGITS else last_hidden_state(output))
         return output
 
     taps = ExitStack()
-    if features == LOGITS:
+    if features in FROM_LOGITS:
         taps.callback(patch(model, "forward", functools.partial(after, 0)))
         return taps
     layout = model_layout(model)
@@ -129,6 +138,62 @@ def tap(
             source = layout.decoder if layout.last == "decoder" else layout.layers[-1]
             taps.callback(patch(source, "forward", functools.partial(after, k)))
     return taps
+
+
+def check_top(k: int, vocab_size: int) -> None:
+    """Raises unless `k` log-probabilities, and their gap, can be taken from a vocabulary."""
+    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= vocab_size:
+        raise ValueError(f"top_logprobs is {k!r}: expected 2..{vocab_size}, for a vocabulary of {vocab_size}")
+
+
+def top_logprobs(logits: Tensor, k: int, next_ids: Tensor | None = None) -> Tensor:
+    """What a closed API tells of each position: float32 `[rows, k + 2]`, or `[rows, k + 3]` with `next_ids`.
+
+    The columns are the k largest log-probabilities in descending order, their truncated entropy `-sum p log p` over
+    these k alone (in nats, p not renormalised), the largest minus the second largest, and the log-probability of the
+    token that follows.
+
+    Args:
+        logits: `[rows, vocabulary]`, as the model returns them, before any sampling processor.
+        k: 2 or more, at most the vocabulary.
+        next_ids: int64 `[rows]`, the token that was sampled next.
+    """
+    vocab_size = logits.shape[-1]
+    check_top(k, vocab_size)
+    logits = logits.float()
+    if vocab_size % 8:
+        # CUDA's log_softmax adds in an order that follows a row's alignment: so each row has the same.
+        logits = torch.nn.functional.pad(logits, (0, -vocab_size % 8), value=-torch.inf)
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(k, dim=-1).values.clamp_min(LOGPROB_FLOOR)
+    columns = [top, _row_sums(-top.exp() * top), top[:, :1] - top[:, 1:2]]
+    if next_ids is not None:
+        columns.append(logprobs.gather(-1, next_ids[:, None]).clamp_min(LOGPROB_FLOOR))
+    return torch.cat(columns, dim=-1)
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """`[rows, 1]`; unlike `sum`, in an order that no number of rows changes, on any device."""
+    width = values.shape[1]
+    values = torch.nn.functional.pad(values, (0, (1 << (width - 1).bit_length()) - width))
+    while values.shape[1] > 1:
+        first, second = values.chunk(2, dim=1)
+        values = first + second
+    return values
+
+
+def pick(features: str, width: int, entry: Tensor, rows: Tensor, columns: Tensor, next_ids: Tensor) -> Tensor:
+    """The features `[tokens, width]` of some tokens of an entry that `tap` handed over in teacher forcing.
+
+    Args:
+        entry: `[batch, tokens, width of the entry]`.
+        rows, columns: int64 `[tokens]`, where they are in it.
+        next_ids: int64 `[tokens]`, the token that follows each.
+    """
+    if features != TOP_LOGPROBS:
+        return entry[rows, columns]
+    blocks = zip(*(index.split(LOGITS_BLOCK) for index in (rows, columns, next_ids)), strict=True)
+    return torch.cat([top_logprobs(entry[row, column], width - 3, following) for row, column, following in blocks])
 
 
 def scored_tokens(response_ids: Sequence[int], eos_token_ids: Collection[int], span: str) -> list[int]:

@@ -23,13 +23,14 @@ class HeadConfig:
 
     Attributes:
         widths: width of each selected entry; their sum is the number of features F.
-        features: "hidden_states", or "logits" (the raw logits, one entry of vocabulary width).
+        features: "hidden_states", "logits" (the raw logits, one entry of vocabulary width), or "top_logprobs" (the k
+            largest log-probabilities and three columns more, one entry of width k + 3; see `features.top_logprobs`).
         layers: ascending indices into Hugging Face's `hidden_states` (0 the first layer's input, L the final
-            output), or None for logits and for heads used without a model.
+            output), or None for the other sources and for heads used without a model.
         num_hidden_layers: L of the model the head was made for.
         gate: whether a sigmoid gate weighs the tokens; without one the score is the plain mean of the rewards.
         span: "fed", the response tokens fed to the model (all but the last sampled one, no end-of-sequence), or
-            "all", which adds those.
+            "all", which adds those (not with top_logprobs: no token follows the last).
         dtype: dtype of the weights, "float32" or "bfloat16".
         base_model: fingerprint of the model the head was trained on.
         task, metrics: what it was trained for, and how it did.
@@ -62,8 +63,13 @@ class HeadConfig:
             raise ValueError(f"span is {self.span!r}: expected one of {list(SPANS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}: expected one of {list(DTYPES)}")
-        if self.features == features.LOGITS and (len(self.widths) != 1 or self.layers is not None):
-            raise ValueError("a logits head reads one entry and no layers")
+        if self.features in features.FROM_LOGITS and (len(self.widths) != 1 or self.layers is not None):
+            raise ValueError(f"a {self.features} head reads one entry and no layers")
+        if self.features == features.TOP_LOGPROBS:
+            if self.widths[0] < 5:
+                raise ValueError(f"widths is {list(self.widths)}: expected k + 3 for k top_logprobs, k at least 2")
+            if self.span == "all":
+                raise ValueError('span="all" scores the last token, which none follows: a top_logprobs head has "fed"')
         if self.layers is not None:
             if len(self.layers) != len(self.widths):
                 raise ValueError(f"{len(self.layers)} layers but {len(self.widths)} widths: expected one width a layer")
@@ -75,6 +81,11 @@ class HeadConfig:
     @property
     def num_features(self) -> int:
         return sum(self.widths)
+
+    @property
+    def top_logprobs(self) -> int | None:
+        """k of a head that reads the k largest log-probabilities, None for the other sources."""
+        return self.widths[0] - 3 if self.features == features.TOP_LOGPROBS else None
 
     @property
     def num_outputs(self) -> int:
@@ -116,10 +127,12 @@ class SwiftHead(nn.Module):
         span: str = "fed",
         dtype: str = "float32",
         task: str | None = None,
+        top_logprobs: int | None = None,
     ) -> SwiftHead:
         """A new, untrained head for a transformers model, on the model's device.
 
-        `layers` is "all" (0..L), a list of indices (negative ones count from the end) or "logits".
+        `layers` is "all" (0..L), a list of indices (negative ones count from the end), "logits" or "top_logprobs";
+        the last reads the `top_logprobs` largest log-probabilities, 20 unless told otherwise.
         """
         from swift_kernels.checkpoint import fingerprint
 
@@ -131,7 +144,13 @@ class SwiftHead(nn.Module):
             "task": task,
             "base_model": fingerprint(model),
         }
-        if layers == features.LOGITS:
+        if top_logprobs is not None and layers != features.TOP_LOGPROBS:
+            raise ValueError(f'top_logprobs is {top_logprobs}, layers {layers!r}: expected layers="top_logprobs"')
+        if layers == features.TOP_LOGPROBS:
+            k = features.DEFAULT_TOP if top_logprobs is None else top_logprobs
+            features.check_top(k, layout.vocab_size)
+            config = HeadConfig(widths=(k + 3,), features=features.TOP_LOGPROBS, **common)
+        elif layers == features.LOGITS:
             config = HeadConfig(widths=(layout.vocab_size,), features=features.LOGITS, **common)
         else:
             indices = features.resolve_layers(layers, layout.num_hidden_layers)

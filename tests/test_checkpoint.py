@@ -25,8 +25,9 @@ def model():
         {"layers": "all"},
         {"layers": [-1, 1], "gate": False},
         {"layers": "logits", "span": "all", "dtype": "bfloat16", "task": "sums"},
+        {"layers": "top_logprobs", "top_logprobs": 5},
     ],
-    ids=["all", "subset-mean", "logits-bf16"],
+    ids=["all", "subset-mean", "logits-bf16", "top-logprobs"],
 )
 def head(request, model):
     return SwiftHead.for_model(model, **request.param)
@@ -39,6 +40,7 @@ def test_round_trip(head, model, tmp_path):
     assert torch.equal(loaded.weight, head.weight)
     assert torch.equal(loaded.bias, head.bias)
     assert loaded.weight.dtype == head.weight.dtype
+    assert loaded.config.top_logprobs == head.config.top_logprobs
     assert sorted(path.name for path in (tmp_path / "head").iterdir()) == ["config.json", "model.safetensors"]
 
 

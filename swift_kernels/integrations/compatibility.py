@@ -21,6 +21,8 @@ def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> 
     if config.features == features.LOGITS:
         if config.widths != (layout.vocab_size,):
             raise ValueError(f"the head reads {config.widths[0]} logits, {name} has {layout.vocab_size}")
+    elif config.top_logprobs is not None:
+        features.check_top(config.top_logprobs, layout.vocab_size)
     else:
         if config.layers is None or config.num_hidden_layers != layout.num_hidden_layers:
             raise ValueError(
@@ -78,6 +80,6 @@ def check_token_ids(model: Any, token_ids: Sequence[int], what: str) -> None:
 
 def forward_options(model: Any, feature_source: str) -> dict[str, Any]:
     """Keeps a forward that is read for its hidden states from computing a vocabulary of logits for every token."""
-    if feature_source != features.LOGITS and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if feature_source not in features.FROM_LOGITS and "logits_to_keep" in inspect.signature(model.forward).parameters:
         return {"logits_to_keep": 1}
     return {}

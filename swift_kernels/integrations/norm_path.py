@@ -70,10 +70,11 @@ class NormPath:
             closed: called when a step has been scored.
 
         Raises:
-            ValueError: no norm of the model can be fused, or the head reads logits.
+            ValueError: no norm of the model can be fused, or the head reads no hidden states.
         """
-        if head.config.features == features.LOGITS:
-            raise ValueError('fuse="norm" scores inside norms, the head reads logits: use fuse="gather"')
+        source = head.config.features
+        if source in features.FROM_LOGITS:
+            raise ValueError(f'fuse="norm" scores inside norms, the head reads {source}: use fuse="gather"')
         norms = find_norms(model)
         found = norms.entries
         if not any(isinstance(norm, FusableNorm) for norm in found):
