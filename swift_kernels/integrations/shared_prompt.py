@@ -36,7 +36,7 @@ def forward_responses(
     *,
     batch_size: int = 16,
 ) -> Tensor:
-    """Hands over the scored tokens' hidden states, entry by entry, a batch of responses at a time; keeps none.
+    """Hands over the scored tokens' features, entry by entry, a batch of responses at a time; keeps none.
 
     Args:
         consume: called with the indices of a batch's scored tokens among those of all responses, with k, and with the
@@ -74,12 +74,18 @@ def forward_responses(
         token_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed], device=device)
         rows = torch.tensor([row for row, index in enumerate(batch) for _ in scored[index]], device=device)
         columns = torch.tensor([token for index in batch for token in scored[index]], device=device)
+        following = torch.tensor(
+            [(*responses[index], 0)[token + 1] for index in batch for token in scored[index]], device=device
+        )
         places = torch.cat([torch.arange(offsets[index], offsets[index + 1]) for index in batch])
 
         def hand_over(
-            k: int, entry: Tensor, places: Tensor = places, rows: Tensor = rows, columns: Tensor = columns
+            k: int,
+            entry: Tensor,
+            places: Tensor = places,
+            picked: tuple[Tensor, Tensor, Tensor] = (rows, columns, following),
         ) -> None:
-            consume(places, k, entry[rows, columns])
+            consume(places, k, features.pick(config.features, config.widths[k], entry, *picked))
 
         with features.tap(model, config.features, config.layers, hand_over):
             model(input_ids=token_ids, past_key_values=cache, **options)

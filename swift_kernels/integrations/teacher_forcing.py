@@ -27,7 +27,7 @@ def forward_packed(
     consume: Callable[[int, Tensor], None],
     eos: Sequence[int] | None = None,
 ) -> Tensor:
-    """One teacher-forced forward; hands over the scored tokens' hidden states entry by entry and keeps none.
+    """One teacher-forced forward; hands over the scored tokens' features entry by entry and keeps none.
 
     Args:
         model: a decoder-only model.
@@ -41,7 +41,7 @@ def forward_packed(
     """
     device = next(model.parameters()).device
     eos = eos_token_ids(model) if eos is None else eos
-    rows, columns, lengths, fed = [], [], [], []
+    rows, columns, following, lengths, fed = [], [], [], [], []
     for row, (prompt, response) in enumerate(sequences):
         if not prompt:
             raise ValueError(f"the prompt of sequence {row} is empty: expected at least one token")
@@ -50,17 +50,22 @@ def forward_packed(
         fed.append(whole[: len(prompt) + scored[-1] + 1] if scored else list(prompt))
         rows += [row] * len(scored)
         columns += [len(prompt) + index for index in scored]
+        following += [response[index + 1] if index + 1 < len(response) else 0 for index in scored]
         lengths.append(len(scored))
     longest = max(map(len, fed))
     check_context(model, longest)
     token_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed], device=device)
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in fed], device=device)
-    picked = (torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+    picked = [torch.tensor(index, device=device) for index in (rows, columns, following)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     if not rows:
         return cu_seqlens
     options = forward_options(model, config.features)
-    with torch.no_grad(), features.tap(model, config.features, config.layers, lambda k, x: consume(k, x[picked])):
+
+    def hand_over(k: int, entry: Tensor) -> None:
+        consume(k, features.pick(config.features, config.widths[k], entry, *picked))
+
+    with torch.no_grad(), features.tap(model, config.features, config.layers, hand_over):
         model(input_ids=token_ids, attention_mask=mask, use_cache=False, **options)
     return cu_seqlens
 
@@ -84,7 +89,8 @@ def score_texts(
         tokenizer: for prompts and responses given as text; token ids are taken as they are.
         prompts, responses: one of each per answer. Token ids of a response that finished end with the end-of-sequence
             token, as `generate` returns them, without padding.
-        finished: whether a response given as text ended by itself; a truncated one's last token does not count.
+        finished: whether a response given as text ended by itself, with the first end-of-sequence token where there
+            are several; a truncated one's last token does not count.
         eos_token_id: the id or ids that end an answer, if they are not those of the model's generation config.
         batch_size: sequences a forward.
 
@@ -113,6 +119,11 @@ def score_texts(
             raise ValueError(f"prompts[{index}] is empty: expected at least one token")
         if isinstance(response, str):
             response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+            if ended[index] and not end and head.config.top_logprobs is not None:
+                raise ValueError(
+                    f"responses[{index}] is a finished text, but no end-of-sequence token is known, and the head reads "
+                    "its log-probability: give eos_token_id, token ids, or finished=False"
+                )
             # Without an end-of-sequence token in the vocabulary, any id stands for the end: it is never fed.
             response_ids = [*response_ids, *(end or [0])] if ended[index] else response_ids
         else:

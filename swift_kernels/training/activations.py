@@ -75,7 +75,8 @@ def collect(
     lengths = [
         len(features.scored_tokens(response, eos, config.span)) for _, responses in groups for response in responses
     ]
-    activations = Activations(config.widths, lengths, next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype if config.top_logprobs is None else torch.float32
+    activations = Activations(config.widths, lengths, dtype)
     columns = torch.tensor([0, *config.widths]).cumsum(0).tolist()
     start = 0
     for done, (prompt, responses) in enumerate(groups, start=1):

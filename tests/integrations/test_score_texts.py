@@ -35,7 +35,7 @@ def test_other_end_of_sequence_ids_than_the_models(model, head):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-@pytest.mark.parametrize("layers", ["all", [2], "logits"], ids=["all", "one", "logits"])
+@pytest.mark.parametrize("layers", ["all", [2], "logits", "top_logprobs"], ids=str)
 def test_scores_do_not_depend_on_the_batch(model, layers, batch_size):
     torch.manual_seed(0)
     head = SwiftHead.for_model(model, layers)

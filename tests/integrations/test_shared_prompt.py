@@ -15,7 +15,7 @@ PROMPT = [7, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40]
 RESPONSES = [[50, 51, 52, 53, 1], [60], [], [61, 62], list(range(40, 60)), [50, 51, 52, 53, 54], [2]]
 
 
-@pytest.mark.parametrize("layers", ["all", [-2], "logits"], ids=str)
+@pytest.mark.parametrize("layers", ["all", [-2], "logits", "top_logprobs"], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_scores_are_those_of_whole_sequences(name: str, layers: Any) -> None:
     check(tiny_model(name), layers)
