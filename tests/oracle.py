@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swift_kernels import SwiftHead, reference
 from swift_kernels.checks import FEATURE_CHUNK
-from swift_kernels.features import scored_tokens
+from swift_kernels.features import scored_tokens, top_logprobs
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -69,6 +69,13 @@ def captured_tokens(output: Any, head: SwiftHead, responses: Sequence[Sequence[i
         if config.features == "logits":
             # `output.logits[k]` are the raw logits after feeding what step k fed.
             rows.append([torch.stack([output.logits[step][row] for step in steps]) if steps else torch.zeros(0, 1)])
+        elif config.features == "top_logprobs":
+            # The token that follows the one step k fed is the response's k-th.
+            logits = [output.logits[step][row] for step in steps]
+            sampled = torch.tensor([response[step] for step in steps]).to(output.logits[0].device)
+            rows.append(
+                [top_logprobs(torch.stack(logits), config.top_logprobs, sampled) if steps else torch.zeros(0, 1)]
+            )
         else:
             rows.append(
                 [

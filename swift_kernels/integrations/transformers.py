@@ -31,6 +31,7 @@ from swift_kernels.integrations.generation import (
 )
 from swift_kernels.integrations.norm_path import Buffers, NormPath
 from swift_kernels.integrations.teacher_forcing import forward_packed, score_texts
+from swift_kernels.integrations.top_logprobs import TopLogprobs, input_ids
 from swift_kernels.patching import patch, set_aside
 from swift_kernels.state import ScoreState
 
@@ -56,7 +57,7 @@ def attach(
 
     Args:
         model: a decoder-only model of transformers.
-        head: its hidden states or logits, layers and widths must fit the model.
+        head: its feature source, layers and widths must fit the model.
         fuse: "gather", one kernel beside the model at each step, which leaves generation bitwise as it was; or
             "norm", inside the model's RMSNorms in eager steps, as they are when this is called: faster, also where a
             norm reads nothing that is scored, and may flip a last bit of what the model computes.
@@ -88,6 +89,8 @@ class Scorer:
         self._own_slots: Tensor | None = None
         self._gate_reward: Tensor | None = None
         self._norms = NormPath(model, self.head, self._buffers, self._step_scored) if fuse == "norm" else None
+        vocab_size = features.model_layout(model).vocab_size
+        self._late = None if head.config.top_logprobs is None else TopLogprobs(self.head, vocab_size)
         self._entries: list[Tensor] = []
         self._last_entry = len(head.config.widths) - 1
         self._whole_sequences = False
@@ -108,7 +111,10 @@ class Scorer:
                 _ATTACHED.add(module)
                 patches.callback(_ATTACHED.discard, module)
             config = self.head.config
-            patches.enter_context(features.tap(self.model, config.features, config.layers, self._consume))
+            if self._late is None:
+                patches.enter_context(features.tap(self.model, config.features, config.layers, self._consume))
+            else:
+                patches.callback(patch(self.model, "forward", self._run_and_take_logits))
             if self._norms is not None:
                 patches.enter_context(self._norms.patch())
             for name in ("_compiled_call", "_last_compile_config"):
@@ -136,6 +142,10 @@ class Scorer:
     def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
         """Scores every one-position forward from now on, for a hand-written loop or a captured CUDA graph.
 
+        A head of top_logprobs scores a token once the next one of its slot is known: when a later forward feeds it, or
+        the loop tells `commit`. Until then it does not count, so without `commit` the last token fed to a slot never
+        does.
+
         Args:
             slots: int64 `[rows]` on the model's device, the slot of each row, negative to skip it. It is read at
                 every step and may be changed in place.
@@ -152,10 +162,27 @@ class Scorer:
         self._run = None
         self._looping = True
         self._whole_sequences = self._scored = False
-        self._reset(slots.shape[0] if num_slots is None else num_slots, slots.shape[0])
+        num_slots = slots.shape[0] if num_slots is None else num_slots
+        self._reset(num_slots, slots.shape[0])
         self._slots = slots
+        if self._late is not None:
+            self._late.begin(num_slots)
         self._mark_static()
         self._active = True
+
+    def commit(self, token_ids: Tensor) -> None:
+        """Tells a hand-written loop's scorer what was sampled, before any slot changes; needed by top_logprobs alone.
+
+        With it a loop scores the tokens that `generate` does; heads of other sources ignore it.
+
+        Args:
+            token_ids: int64 `[rows]`, the tokens sampled after the last forward. Rows of negative slots are ignored.
+        """
+        self._check_inside()
+        if not self._looping:
+            raise RuntimeError("commit belongs to a hand-written loop: call scorer.begin(slots) first")
+        if self._late is not None:
+            self._late.commit(token_ids, *self._present())
 
     def scores(self) -> Tensor:
         """float32 scores, `[rows]` in the order of the last `generate`'s output, or `[slots]` after `begin`.
@@ -198,10 +225,14 @@ class Scorer:
 
     @property
     def scratch_nbytes(self) -> int:
-        """Bytes of scratch, constant: the kernel's partial sums and counters, and the bookkeeping of the rows."""
+        """Bytes of scratch, constant: the kernel's partial sums and counters, and the bookkeeping of the rows.
+
+        In a hand-written loop a head of top_logprobs keeps the logits of each slot's last token as well.
+        """
         if self._state is None:
             return 0
         held = [self._own_slots, self._gate_reward] + ([] if self._run is None else self._run.tensors())
+        held += [] if self._late is None else self._late.buffers()
         return self._state.scratch_nbytes + sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def warmup(self, rows: int = 1) -> None:
@@ -212,6 +243,7 @@ class Scorer:
         self._check_inside()
         parameter, config = self.head.weight, self.head.config
         dtype = next(tensor.dtype for tensor in self.model.parameters() if tensor.is_floating_point())
+        dtype = dtype if self._late is None else torch.float32
         self.head.warmup(parameter.device, dtype, rows, gate_reward=self._keep_trace)
         if self._norms is not None:
             state = self.head.init_state(rows, parameter.device)
@@ -271,10 +303,30 @@ class Scorer:
             self.head.step(entries, self._state, self._slots, self._gate_reward)
             self._scored = self._ran_gather = True
 
+    def _run_and_take_logits(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward whose logits are scored later, once the token that follows is known."""
+        output = forward(*args, **kwargs)
+        if not self._active:
+            return output
+        assert self._late is not None
+        if not self._looping:
+            # Without a cache every forward feeds the whole sequence: a copy, so that the rest can be freed.
+            logits = output.logits[:, -1]
+            self._late.hold(logits.clone() if self._whole_sequences else logits)
+        elif (token_ids := input_ids(args, kwargs)).shape[1] == 1:
+            self._late.feed(output.logits[:, -1].detach(), token_ids[:, 0], *self._present())
+        else:
+            return output
+        self._scored = self._ran_gather = True
+        return output
+
     def _buffers(self) -> Buffers | None:
         """What an eager forward is scored into inside the norms; None where it is not scored, or gathered."""
         if not self._active or self._whole_sequences:
             return None
+        return self._present()
+
+    def _present(self) -> Buffers:
         assert self._state is not None
         assert self._slots is not None
         return self._state, self._slots, self._gate_reward
@@ -284,6 +336,8 @@ class Scorer:
 
     def _forget_step(self) -> None:
         self._entries.clear()
+        if self._late is not None:
+            self._late.forget()
         if self._norms is not None:
             self._norms.reset()
 
@@ -322,7 +376,7 @@ class Scorer:
         self._whole_sequences = not config.use_cache
         return _Criteria(original(*args, **kwargs), self._sampled)
 
-    def _sampled(self, done: Tensor, ended: Tensor) -> None:
+    def _sampled(self, token_ids: Tensor, done: Tensor, ended: Tensor) -> None:
         """Called with every sampled token: settles what the last forward fed, and decides what the next will."""
         run, rows = self._run, done.shape[0]
         if run is None:
@@ -336,6 +390,8 @@ class Scorer:
                     f"a forward of {type(self.model).__name__} was not scored: a model or layer that was compiled "
                     "before attach() does not run its hooks; attach first, then compile"
                 )
+            if self._late is not None:
+                self._late.settle(token_ids, *self._present())
             self._keep(run)
         self._scored = False
         assert self._slots is not None
@@ -393,6 +449,7 @@ class Scorer:
             self._gate_reward,
             self.head.weight,
             self.head.bias,
+            *([] if self._late is None else self._late.buffers()),
         ):
             if buffer is not None:
                 torch._dynamo.mark_static_address(buffer)
@@ -430,9 +487,11 @@ class Scorer:
 
 
 class _Criteria(transformers.StoppingCriteriaList):
-    """The stopping criteria of a `generate`, which also tell a scorer which rows are done, and why."""
+    """The stopping criteria of a `generate`, which also tell a scorer what was sampled and which rows are done, why."""
 
-    def __init__(self, criteria: transformers.StoppingCriteriaList, sampled: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(
+        self, criteria: transformers.StoppingCriteriaList, sampled: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> None:
         super().__init__(criteria)
         self.sampled = sampled
 
@@ -444,5 +503,5 @@ class _Criteria(transformers.StoppingCriteriaList):
             done = done | met
             if not isinstance(criterion, transformers.MaxLengthCriteria | transformers.MaxTimeCriteria):
                 ended = ended | met
-        self.sampled(done, ended)
+        self.sampled(input_ids[:, -1], done, ended)
         return done

@@ -27,6 +27,7 @@ FEATURES = {
     "negative": [-1, 0],
     "one": [2],
     "logits": "logits",
+    "top-logprobs": "top_logprobs",
 }
 
 

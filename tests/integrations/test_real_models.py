@@ -61,10 +61,34 @@ def test_fused_norms(real_model, head, inputs):
     torch.testing.assert_close(fused, stock, rtol=0, atol=1e-5 * stock.abs().max().item())
 
 
-@pytest.mark.parametrize("layers", [[16, -1], "logits"], ids=["subset", "logits"])
+@pytest.mark.parametrize("layers", [[16, -1], "logits", "top_logprobs"], ids=["subset", "logits", "top-logprobs"])
 def test_parity_features(real_model, inputs, layers):
     model, _ = real_model
     check_parity(model, SwiftHead.for_model(model, layers), inputs, copies=1, max_new_tokens=8)
+
+
+def test_the_log_probability_of_sampled_tokens(real_model, inputs):
+    """A head that reads nothing else scores the mean over the raw logits, before any processor; rows that end at a stop
+    string include what ended them. A sum over the vocabulary rounds by at most V/16 eps, and that of 12 tokens less."""
+    model, tokenizer = real_model
+    head = SwiftHead.for_model(model, "top_logprobs", gate=False)
+    with torch.no_grad():
+        head.bias.zero_()
+        head.weight.zero_()
+        head.weight[0, -1] = 1.0
+    options = {"top_p": 0.9, "temperature": 0.8, "stop_strings": ["\n", "."], "tokenizer": tokenizer}
+    with attach(model, head) as scorer:
+        output = generate(model, inputs, max_new_tokens=12, **options, return_dict_in_generate=True, output_logits=True)
+    responses = responses_of(scorer, output.sequences, inputs["input_ids"].shape[1])
+    logprobs = torch.stack(output.logits, dim=1).double().log_softmax(-1)
+    own = [
+        row[range(1, len(ids)), ids[1:]].mean() if len(ids) > 1 else torch.tensor(torch.nan, dtype=torch.float64)
+        for row, ids in zip(logprobs, responses, strict=True)
+    ]
+    tolerance = logprobs.shape[-1] / 16 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(scorer.scores().double(), torch.stack(own), rtol=0, atol=tolerance, equal_nan=True)
+    forced = score_texts(model, None, head, unpadded(inputs, 1), responses)
+    torch.testing.assert_close(scorer.scores(), forced, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_rows_ended_by_a_stop_string(real_model, head, inputs):
