@@ -137,6 +137,25 @@ BAD_INPUT = {
     ),
     "no-rollouts": (["train", "/nowhere/r.jsonl", "--model", "MODEL", "--output", "OUT"], "does not exist"),
     "layer": (["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--layers", "7"], "layer index 7"),
+    "top-logprobs": (
+        ["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--top-logprobs", "5"],
+        "top_logprobs is 5, layers 'all'",
+    ),
+    "top-logprobs-large": (
+        [
+            "train",
+            "ROLLOUTS",
+            "--model",
+            "MODEL",
+            "--output",
+            "OUT",
+            "--layers",
+            "top_logprobs",
+            "--top-logprobs",
+            "999",
+        ],
+        "top_logprobs is 999: expected 2..",
+    ),
     "layers": (["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--layers", "top"], "--layers is 'top'"),
     "validation": (
         ["train", "ROLLOUTS", "--model", "MODEL", "--output", "OUT", "--validation", "1.5"],
@@ -347,6 +366,14 @@ class TestTrainAndEvaluate:
         assert not (tmp_path / "head" / "unfinished-fit.safetensors").exists()
         whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "head"))
         assert whole.read_bytes() == resumed.read_bytes()
+
+    def test_training_on_log_probabilities(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path
+    ) -> None:
+        options = ["--model", model_folder, "--output", tmp_path / "h", "--epochs", "1", "--layers", "top_logprobs"]
+        code, _, _ = run(capsys, "train", rollouts, *options)
+        assert code == 0
+        assert SwiftHead.from_pretrained(str(tmp_path / "h")).config.top_logprobs == 20
 
     def test_nothing_to_learn(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path) -> None:
         path = tmp_path / "r.jsonl"

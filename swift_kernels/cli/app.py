@@ -114,7 +114,10 @@ def train(
     rollouts: Annotated[Path, typer.Argument(help="Rollouts of `swift-kernels rollout` or of the authors' code.")],
     model: Model,
     output: Annotated[Path, typer.Option(help="Folder for the head and its card.")],
-    layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, or logits.")] = "all",
+    layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, logits, or top_logprobs.")] = "all",
+    top_logprobs: Annotated[
+        int | None, typer.Option(help="How many log-probabilities --layers top_logprobs reads; 20 if not given.")
+    ] = None,
     gate: Annotated[bool, typer.Option(help="Weigh tokens by a gate, or take their plain mean.")] = True,
     test: Annotated[Path | None, typer.Option(help="Rollouts on other problems, to evaluate the head on.")] = None,
     recipe: Annotated[str, typer.Option(help="swift, or upstream for the paper's; the options below override it.")] = (
@@ -176,6 +179,7 @@ def train(
         train_file,
         layers=selection,
         gate=gate,
+        top_logprobs=top_logprobs,
         recipe=chosen,
         test=test_file,
         model_name=model,
@@ -414,7 +418,7 @@ def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
 
 
 def _parse_layers(text: str) -> str | list[int]:
-    return text if text in ("all", "logits") else _parse_integers("--layers", text)
+    return text if text in ("all", "logits", "top_logprobs") else _parse_integers("--layers", text)
 
 
 def _parse_integers(option: str, text: str) -> list[int]:

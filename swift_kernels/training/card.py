@@ -31,7 +31,7 @@ def model_card(
     """The card, in the Hub's markdown with its YAML header."""
     base = config.base_model or {}
     parameters = config.num_outputs * (config.num_features + 1)
-    source = "the raw logits" if config.layers is None else f"hidden states {_layers(config.layers)}"
+    source = _source(config)
     lines = [
         "---",
         "library_name: swift_kernels",
@@ -165,7 +165,7 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
                 f"    --problems {problems} {sampling} {'--chat' if header['chat'] else '--no-chat'} \\",
                 f"    --output {name}",
             ]
-    layers = "logits" if config.layers is None else _selection(config)
+    layers = _selection(config)
     test = "" if data["test_rollouts"] is None else f" --test {data['test_rollouts']}"
     return [
         *lines,
@@ -180,7 +180,11 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
 
 
 def _selection(config: HeadConfig) -> str:
-    layers = config.layers or ()
+    if config.top_logprobs is not None:
+        return f"top_logprobs --top-logprobs {config.top_logprobs}"
+    if config.layers is None:
+        return "logits"
+    layers = config.layers
     return "all" if len(layers) == (config.num_hidden_layers or 0) + 1 else ",".join(map(str, layers))
 
 
@@ -189,6 +193,15 @@ def _sampling(header: dict[str, Any]) -> list[str]:
         return []
     sampling = {"split": header["split"], "dtype": header["dtype"], **header["sampling"]}
     return ["", f"Sampled with `{json.dumps(sampling)}`."]
+
+
+def _source(config: HeadConfig) -> str:
+    if config.top_logprobs is not None:
+        return (
+            f"its {config.top_logprobs} largest log-probabilities (with their entropy, the gap between the first two "
+            "and the log-probability of the token sampled)"
+        )
+    return "the raw logits" if config.layers is None else f"hidden states {_layers(config.layers)}"
 
 
 def _layers(layers: tuple[int, ...]) -> str:

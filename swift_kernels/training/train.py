@@ -71,6 +71,7 @@ def train_head(
     *,
     layers: str | Sequence[int] = "all",
     gate: bool = True,
+    top_logprobs: int | None = None,
     recipe: Recipe | None = None,
     test: RolloutFile | None = None,
     model_name: str | None = None,
@@ -97,7 +98,7 @@ def train_head(
     items = tokenized(rollouts.rollouts, tokenizer)
     # Before the model runs over them: it may take hours.
     check_learnable([candidate.correct for item in items for candidate in item.candidates])
-    head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task)
+    head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task, top_logprobs=top_logprobs)
     activations, examples = _collect(model, head, items, progress)
     learnable = [example for example in examples if activations.lengths[example.response]]
     if len(learnable) < len(examples):

@@ -80,6 +80,20 @@ def test_trains_tests_and_writes_a_head_with_its_card(
     json.dumps(result.facts(), allow_nan=False)
 
 
+def test_a_head_of_log_probabilities_and_its_card(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    """Of a random model: they say little about an answer, but the validation loss falls."""
+    rollouts = make_file(tmp_path / "train.jsonl", model, tokenizer, range(12))
+    options = {"layers": "top_logprobs", "top_logprobs": 5, "recipe": replace(RECIPE, patience=RECIPE.epochs)}
+    result = train(model, tokenizer, rollouts, **options, model_name="tiny")
+    assert result.head.config.top_logprobs == 5
+    assert result.fit.best.validation_loss < 0.9 * result.fit.history[0].validation_loss
+    result.save(tmp_path / "head")
+    assert SwiftHead.from_pretrained(str(tmp_path / "head"), model=model).config == result.head.config
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "from its 5 largest log-probabilities" in card
+    assert "--layers top_logprobs --top-logprobs 5 --gate" in card
+
+
 def test_training_reads_what_scoring_reads(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     rollouts = make_file(tmp_path / "train.jsonl", model, tokenizer, range(8))
     result = train(model, tokenizer, rollouts)
