@@ -367,6 +367,38 @@ class TestTrainAndEvaluate:
         whole, resumed = (tmp_path / name / "model.safetensors" for name in ("whole", "head"))
         assert whole.read_bytes() == resumed.read_bytes()
 
+    def test_training_on_a_store_runs_no_model(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path
+    ) -> None:
+        args = [*rollout_args(model_folder, tmp_path / "r.jsonl"), "--store", tmp_path / "store", "--sketch", "pca:4"]
+        code, _, err = run(capsys, *args)
+        assert code == 0
+        assert "at most" in err
+        assert "3 entries of 4 bfloat16" in err
+        lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+        for row in lines[1:]:  # the tiny model's own answers are all wrong
+            for place, candidate in enumerate(row["candidates"]):
+                candidate["correct"] = place % 2 == 0
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        train = ["train", tmp_path / "r.jsonl", "--output", tmp_path / "h", "--epochs", "2"]
+        code, _, _ = run(capsys, *train, "--store", tmp_path / "store")
+        assert code == 0
+        config = SwiftHead.from_pretrained(str(tmp_path / "h")).config
+        assert (config.layers, config.widths) == ((0, 1, 2), (16, 16, 16))
+        assert (
+            "--store store --store-layers all --store-dtype bfloat16 --sketch pca:4"
+            in (tmp_path / "h" / "README.md").read_text()
+        )
+        assert_refused(run(capsys, *train), "--model is missing")
+        assert_refused(run(capsys, *train, "--store", tmp_path), "holds no store.json")
+        assert_refused(
+            run(capsys, *train, "--store", tmp_path / "store", "--test", tmp_path / "r.jsonl"),
+            "--test and --test-store belong together",
+        )
+        shard = next((tmp_path / "store").glob("0*.safetensors"))
+        os.truncate(shard, 100)
+        assert_refused(run(capsys, *train, "--store", tmp_path / "store"), f"{shard} has 100 bytes")
+
     def test_training_on_log_probabilities(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, rollouts: Path
     ) -> None:

@@ -46,6 +46,7 @@ def rollout(
     store_layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, or logits.")] = "all",
     store_dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     sketch: Annotated[str | None, typer.Option(help="Project each entry: random:64, or pca:64.")] = None,
+    sketch_of: Annotated[Path | None, typer.Option(help="Store whose projections to use, as for test data.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -69,26 +70,23 @@ def rollout(
     _at_least("--batch-size", batch_size, 1)
     if store is None and (sketch or store_layers != "all"):
         raise ValueError("--sketch and --store-layers say what a store keeps: give its folder with --store")
+    if sketch_of is not None and not sketch:
+        raise ValueError("--sketch-of says whose projections to use: say what they are with --sketch")
     wanted = chosen.problems(split, problems, seed)
     chat = chosen.chat if chat is None else chat
     group = processes.join(device)
     lm, tokenizer = _load_model(model, device, dtype)
     header = settings(lm, chosen, sampling, split=split, chat=chat)
     layout = None if store is None else make_layout(lm, _parse_layers(store_layers), store_dtype, sketch)
-    job = Job(lm, tokenizer, chosen, wanted, sampling, chat, header, output, batch_size, store, layout)
+    job = Job(lm, tokenizer, chosen, wanted, sampling, chat, header, output, batch_size, store, layout, sketch_of)
     if layout is not None and group.is_first:
         tokens, nbytes = largest_store(job)
         per_token = f"{len(layout.widths)} entries of {max(layout.stored_widths):,} {layout.dtype}"
         render.note(f"{store}: at most {tokens:,} tokens of {per_token}, {nbytes / 1e9:.2f} GB")
-    try:
-        with render.progress("rollout", len(wanted), quiet=not group.is_first) as update:
-            continued = collect_rollouts(job, group, update, render.note)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is done is in {output}, the same command continues") from None
+    with render.progress("rollout", len(wanted), quiet=not group.is_first) as update:
+        continued = collect_rollouts(job, group, update, render.note)
     if not group.is_first:
         return
-    if continued:
-        render.note(f"{output}: continued after {continued} problems")
     rollouts = read(output).rollouts
     candidates = [candidate for item in rollouts for candidate in item.candidates]
     right = sum(candidate.correct for candidate in candidates)
@@ -112,8 +110,10 @@ def rollout(
 @app.command()
 def train(
     rollouts: Annotated[Path, typer.Argument(help="Rollouts of `swift-kernels rollout` or of the authors' code.")],
-    model: Model,
     output: Annotated[Path, typer.Option(help="Folder for the head and its card.")],
+    model: Annotated[str | None, typer.Option(help="As for rollout; not needed with --store.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Activations that `rollout --store` kept: no LLM runs.")] = None,
+    test_store: Annotated[Path | None, typer.Option(help="Those of the --test rollouts.")] = None,
     layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, logits, or top_logprobs.")] = "all",
     top_logprobs: Annotated[
         int | None, typer.Option(help="How many log-probabilities --layers top_logprobs reads; 20 if not given.")
@@ -142,14 +142,15 @@ def train(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Train a head on rollouts: the model runs once over them, then the head is fitted to its hidden states.
+    """Train a head on rollouts: the model runs once over them, or not at all with --store.
 
     A fit that was interrupted goes on after its last whole epoch when the same command is given again.
     """
     from swift_kernels.cli import render
     from swift_kernels.training.recipe import get_recipe
     from swift_kernels.training.rollouts import read
-    from swift_kernels.training.train import CHECKPOINT_NAME, train_head
+    from swift_kernels.training.store import Store
+    from swift_kernels.training.train import CHECKPOINT_NAME, train_head, train_stored_head
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
@@ -172,21 +173,26 @@ def train(
     train_file = read(rollouts)
     test_file = None if test is None else read(test)
     selection = _parse_layers(layers)
-    lm, tokenizer = _load_model(model, device, dtype)
-    result = train_head(
-        lm,
-        tokenizer,
-        train_file,
-        layers=selection,
-        gate=gate,
-        top_logprobs=top_logprobs,
-        recipe=chosen,
-        test=test_file,
-        model_name=model,
-        checkpoint=output / CHECKPOINT_NAME,
-        progress=render.progress,
-        note=render.note,
-    )
+    options: dict[str, Any] = {
+        "layers": selection,
+        "gate": gate,
+        "recipe": chosen,
+        "test": test_file,
+        "model_name": model,
+        "checkpoint": output / CHECKPOINT_NAME,
+        "progress": render.progress,
+        "note": render.note,
+    }
+    if store is not None:
+        if (test is None) != (test_store is None):
+            raise ValueError("--test and --test-store belong together: give both, or evaluate later with `eval`")
+        other = None if test_store is None else Store(test_store)
+        result = train_stored_head(Store(store), train_file, test_store=other, **options)
+    elif model is None:
+        raise ValueError("--model is missing: expected the model that wrote the answers, or --store")
+    else:
+        lm, tokenizer = _load_model(model, device, dtype)
+        result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, **options)
     result.save(output)
     parts: list[Any] = [
         f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, epoch "

@@ -60,6 +60,7 @@ def model_card(
         + f" ({data['rollouts']}), {data['correct'] / data['candidates']:.1%} of them right; "
         + _held_back(recipe, data),
         *_sampling(data["header"]),
+        *_stored(data["layout"]),
         "",
         "## Recipe",
         "",
@@ -154,22 +155,33 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
     headers = [data["header"], data["test_header"] or {}]
     if not all("sampling" in header for header in headers[: 1 if data["test_rollouts"] is None else 2]):
         return []
-    lines = []
-    for header, name, problems in zip(
-        headers, (data["rollouts"], data["test_rollouts"]), (data["problems"], data["test_problems"]), strict=True
+    lines: list[str] = []
+    stores = data.get("stores", (None, None))
+    for header, name, problems, store in zip(
+        headers,
+        (data["rollouts"], data["test_rollouts"]),
+        (data["problems"], data["test_problems"]),
+        stores,
+        strict=True,
     ):
         if name is not None:
+            keep = "" if store is None else f" --store {store}{_store_options(data['layout'])}"
+            if keep and lines and data["layout"]["sketch"]:
+                keep += f" --sketch-of {stores[0]}"
             sampling = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in header["sampling"].items())
             lines += [
                 f"swift-kernels rollout --model {data['model']} --task {header['task']} --split {header['split']} \\",
                 f"    --problems {problems} {sampling} {'--chat' if header['chat'] else '--no-chat'} \\",
-                f"    --output {name}",
+                f"    --output {name}{keep}",
             ]
     layers = _selection(config)
     test = "" if data["test_rollouts"] is None else f" --test {data['test_rollouts']}"
+    where = f"--model {data['model']}"
+    if stores[0] is not None:
+        where += f" --store {stores[0]}" + ("" if stores[1] is None else f" --test-store {stores[1]}")
     return [
         *lines,
-        f"swift-kernels train {data['rollouts']}{test} --model {data['model']} --output head \\",
+        f"swift-kernels train {data['rollouts']}{test} {where} --output head \\",
         f"    --layers {layers} {'--gate' if config.gate else '--no-gate'} --loss {recipe.loss} "
         f"--lr {recipe.learning_rate!r} --weight-decay {recipe.weight_decay!r} \\",
         f"    --batch-size {recipe.batch_size} --epochs {recipe.epochs} --patience {recipe.patience} "
@@ -193,6 +205,26 @@ def _sampling(header: dict[str, Any]) -> list[str]:
         return []
     sampling = {"split": header["split"], "dtype": header["dtype"], **header["sampling"]}
     return ["", f"Sampled with `{json.dumps(sampling)}`."]
+
+
+def _stored(layout: dict[str, Any] | None) -> list[str]:
+    """How the features were kept that it was fitted to."""
+    if layout is None:
+        return []
+    sketch = layout["sketch"]
+    kept = (
+        "whole" if sketch is None else f"as a sketch of {sketch['dimensions']} dimensions an entry ({sketch['method']})"
+    )
+    return ["", f"Fitted to activations that were kept while the answers were generated, {kept}, in {layout['dtype']}."]
+
+
+def _store_options(layout: dict[str, Any]) -> str:
+    layers, source = layout["layers"], layout["features"]
+    whole = layers is not None and len(layers) == layout["num_hidden_layers"] + 1
+    chosen = source if layers is None else "all" if whole else ",".join(map(str, layers))
+    sketch = layout["sketch"]
+    parts = f" --store-layers {chosen} --store-dtype {layout['dtype']}"
+    return parts + (f" --sketch {sketch['method']}:{sketch['dimensions']}" if sketch else "")
 
 
 def _source(config: HeadConfig) -> str:

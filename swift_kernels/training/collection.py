@@ -47,7 +47,8 @@ class Job:
         batch_size: answers decoded at once.
         output: the rollout file.
         store: the folder of the activations, or None.
-        layout: what the store keeps; without the sketch's method and dimensions it keeps all of it.
+        layout: what the store keeps.
+        sketch_of: another store, whose projections are used instead of new ones.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class Job:
     batch_size: int = 64
     store: Path | None = None
     layout: Layout | None = None
+    sketch_of: Path | None = None
 
     def units(self) -> dict[str, Sequence[Problem]]:
         """The problems that are generated together, by the name of their shard."""
@@ -85,6 +87,8 @@ def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes
         or (job.store is not None and not _has_shard(job, name, problems))
     }
     before = len(job.problems) - sum(problem.id not in known for problem in job.problems)
+    if before and processes.is_first:
+        note(f"{job.output}: continuing after {before} problems")
     # Everybody has looked before anybody writes.
     processes.wait()
     done = len(job.problems) - sum(map(len, missing.values()))
@@ -92,27 +96,46 @@ def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes
     path = job.output if processes.count == 1 else part_of(job.output, processes.rank)
     right = total = 0
     with RolloutWriter(path, job.header) as writer:
-        for name, problems in list(missing.items())[processes.rank :: processes.count]:
-            rollouts, recorded = _generate(job, store, problems)
-            if store is not None:
-                kept = [known.get(rollout.id, rollout) for rollout in rollouts]
-                if [_answers(rollout) for rollout in kept] != [_answers(rollout) for rollout in rollouts]:
-                    note(f"{job.store}: shard {name} is computed from answers that were generated in other batches")
-                    recorded = [_teacher_forced(job, store, rollout) for rollout in kept]
-                responses = [response for _, own in recorded for response in own]
-                store.write(name, [problem for problem, _ in recorded], responses)
-            for rollout in rollouts:
-                if rollout.id not in known:
-                    writer.write(rollout)
-                right += sum(candidate.correct for candidate in rollout.candidates)
-                total += len(rollout.candidates)
-            done += len(problems) * processes.count
-            update(min(done, len(job.problems)), f"{right / total:.0%} right")
+        try:
+            for name, problems in list(missing.items())[processes.rank :: processes.count]:
+                rollouts = _collect_unit(job, store, name, problems, known, note)
+                for rollout in rollouts:
+                    if rollout.id not in known:
+                        writer.write(rollout)
+                    right += sum(candidate.correct for candidate in rollout.candidates)
+                    total += len(rollout.candidates)
+                done += len(problems) * processes.count
+                update(min(done, len(job.problems)), f"{right / total:.0%} right")
+        except KeyboardInterrupt:
+            held = f"{len(writer.done)} problems are in {path}, the same command continues"
+            raise KeyboardInterrupt(held) from None
     processes.wait()
     if processes.is_first:
         _put_together(job)
     processes.wait()
     return before
+
+
+def _collect_unit(
+    job: Job,
+    store: StoreWriter | None,
+    name: str,
+    problems: Sequence[Problem],
+    known: dict[str, Rollout],
+    note: Notes,
+) -> list[Rollout]:
+    """Generates a unit, writes its shard, and returns its rollouts."""
+    recorder = None if store is None else Recorder(job.model, store.layout, store.sketch)
+    arguments = (job.model, job.tokenizer, job.task, problems, job.sampling)
+    rollouts, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder)
+    if store is not None:
+        kept = [known.get(rollout.id, rollout) for rollout in rollouts]
+        if [_answers(rollout) for rollout in kept] != [_answers(rollout) for rollout in rollouts]:
+            note(f"{job.store}: shard {name} is computed from answers that were generated in other batches")
+            recorded = [_teacher_forced(job, store, rollout) for rollout in kept]
+        responses = [response for _, own in recorded for response in own]
+        store.write(name, [problem for problem, _ in recorded], responses)
+    return rollouts
 
 
 def part_of(output: Path, rank: int) -> Path:
@@ -150,14 +173,6 @@ def _put_together(job: Job) -> None:
             path.unlink()
 
 
-def _generate(
-    job: Job, store: StoreWriter | None, problems: Sequence[Problem]
-) -> tuple[list[Rollout], list[tuple[ShardProblem, list[Tensor]]]]:
-    recorder = None if store is None else Recorder(job.model, store.layout, store.sketch)
-    arguments = (job.model, job.tokenizer, job.task, problems, job.sampling)
-    return generate_together(*arguments, chat=job.chat, recorder=recorder)
-
-
 def _open_store(job: Job, processes: Processes, note: Notes) -> StoreWriter | None:
     if job.store is None or job.layout is None:
         return None
@@ -185,6 +200,8 @@ def make_sketch(job: Job) -> Sketch | None:
     layout = job.layout
     if layout is None or layout.sketch is None:
         return None
+    if job.sketch_of is not None:
+        return _sketch_of(job.sketch_of, layout)
     method, dimensions = layout.sketch["method"], layout.sketch["dimensions"]
     if method == "random":
         return sketches.random_sketch(layout.widths, dimensions)
@@ -198,6 +215,15 @@ def make_sketch(job: Job) -> Sketch | None:
         _, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder)
         values += [response for _, responses in recorded for response in responses]
     return sketches.pca_sketch(torch.cat(values).split(layout.widths, dim=1), dimensions)
+
+
+def _sketch_of(path: Path, layout: Layout) -> Sketch:
+    """The projections of another store, so that one head reads both."""
+    header = stores.read_header(path)
+    other = Layout(**header["layout"])
+    if other != layout:
+        raise stores.StoreError(f"{path} was made with other settings: expected layout {layout}, found {other}")
+    return Sketch.load(path / stores.SKETCH_NAME)
 
 
 def _answers(rollout: Rollout) -> list[list[int]]:

@@ -20,7 +20,7 @@ from swift_kernels.head import SwiftHead
 from swift_kernels.training import resume
 from swift_kernels.training.recipe import RECIPES, Recipe
 from swift_kernels.training.split import Example, NothingToLearnError, check_learnable, hold_back
-from swift_kernels.training.standardize import Store
+from swift_kernels.training.standardize import StoredFeatures
 from swift_kernels.training.sweep import Epoch, Sweep
 
 __all__ = [
@@ -60,7 +60,7 @@ class Fit:
 
 def fit(
     head: SwiftHead,
-    activations: Store,
+    activations: StoredFeatures,
     examples: Sequence[Example],
     recipe: Recipe,
     on_epoch: Callable[[Epoch, Epoch], None] | None = None,
@@ -77,7 +77,7 @@ def fit(
 
 def fit_heads(
     heads: Sequence[SwiftHead],
-    activations: Store,
+    activations: StoredFeatures,
     examples: Sequence[Example],
     recipes: Sequence[Recipe],
     *,
@@ -165,7 +165,7 @@ def _save(path: Path, sweeps: Sequence[Sweep], identity: dict[str, object]) -> N
     resume.save(path, tensors, facts, identity)
 
 
-def _entries(head: SwiftHead, activations: Store, layers: Sequence[int] | None) -> tuple[int, ...]:
+def _entries(head: SwiftHead, activations: StoredFeatures, layers: Sequence[int] | None) -> tuple[int, ...]:
     """Which of the stored entries the head reads."""
     own = head.config.layers
     if layers is None or own is None:
@@ -182,7 +182,7 @@ def _entries(head: SwiftHead, activations: Store, layers: Sequence[int] | None) 
 
 def _identity(
     heads: Sequence[SwiftHead],
-    activations: Store,
+    activations: StoredFeatures,
     examples: Sequence[Example],
     recipes: Sequence[Recipe],
     layers: Sequence[int] | None,

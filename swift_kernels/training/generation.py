@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -106,7 +106,8 @@ def generate_together(
     prompts = [task.prompt(problem.question) for problem in problems]
     prompt_ids = [encode_prompt(tokenizer, prompt, chat=chat) for prompt in prompts]
     inputs = prefill(model, tokenizer, prompt_ids, sampling)
-    sampler = SeededSampler(sampling, [problem.id for problem in problems], model.device, record=True)
+    observe = None if recorder is None else recorder.sampled
+    sampler = SeededSampler(sampling, [problem.id for problem in problems], model.device, record=True, observe=observe)
     with recorder or nullcontext():
         answers = decode(model, tokenizer, inputs, sampler, sampling, task.stop)
     confidences = sampler.confidences([len(ids) for ids, _ in answers])
@@ -198,12 +199,21 @@ class SeededSampler(LogitsProcessor):
     """
 
     def __init__(
-        self, sampling: Sampling, identities: Sequence[str], device: torch.device, record: bool = False
+        self,
+        sampling: Sampling,
+        identities: Sequence[str],
+        device: torch.device,
+        record: bool = False,
+        observe: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        """`identities` name the problems; with `record`, how sure the model was of each token is kept."""
+        """`identities` name the problems; with `record`, how sure the model was of each token is kept.
+
+        `observe` is told the logits `[rows, vocabulary]` and the sampled tokens `[rows, 1]` of each step.
+        """
         self.sampling = sampling
         self._step = 0
         self._record = record
+        self._observe = observe
         self._recorded: list[Tensor] = []
         self._uniform = torch.stack(
             [
@@ -235,6 +245,8 @@ class SeededSampler(LogitsProcessor):
         self._step += 1
         if self._record:
             self._recorded.append(_confidence(scores, chosen))
+        if self._observe is not None:
+            self._observe(scores, chosen)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
     def confidences(self, lengths: Sequence[int]) -> list[Confidence]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +28,9 @@ class Recorder:
         self._forwards: list[Tensor] = []
 
     def __enter__(self) -> Recorder:
-        self._taps = features.tap(self._model, self._layout.features, self._layout.layers, self._keep)
+        self._taps = ExitStack()
+        if self._layout.features != features.TOP_LOGPROBS:  # these come with the tokens, by `sampled`
+            self._taps = features.tap(self._model, self._layout.features, self._layout.layers, self._keep)
         return self
 
     def __exit__(
@@ -42,6 +45,13 @@ class Recorder:
             self._forwards.append(torch.empty(last.shape[0], self._columns[-1], dtype=dtype))
         kept = last if self._sketch is None else self._sketch.apply(k, last)
         self._forwards[-1][:, self._columns[k] : self._columns[k + 1]] = kept
+
+    def sampled(self, logits: Tensor, tokens: Tensor) -> None:
+        """Told by the sampler of the logits `[rows, vocabulary]` after a forward and the tokens `[rows, 1]` it took."""
+        if self._layout.features == features.TOP_LOGPROBS:
+            values = features.top_logprobs(logits, self._layout.widths[0] - 3, tokens[:, 0])
+            kept = values if self._sketch is None else self._sketch.apply(0, values)
+            self._forwards.append(kept.to("cpu", DTYPES[self._layout.dtype]))
 
     def response(self, row: int, tokens: Sequence[int]) -> Tensor:
         """`[tokens, stored features]` of these tokens of a row's answer."""

@@ -27,7 +27,7 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Of a ridge regression, relative to the mean squared length of a candidate's features."""
 
 
-class Store(Protocol):
+class StoredFeatures(Protocol):
     """Stored features, such as `activations.Activations`."""
 
     @property
@@ -77,7 +77,7 @@ def parts(responses: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
         yield torch.tensor(part)
 
 
-def survey(store: Store, responses: Tensor, keep: Tensor, device: torch.device) -> tuple[Statistics, Tensor]:
+def survey(store: StoredFeatures, responses: Tensor, keep: Tensor, device: torch.device) -> tuple[Statistics, Tensor]:
     """One pass over distinct responses, in float64: statistics over their tokens, and the mean features of some.
 
     `keep` is bool `[responses]`. Returns the statistics, and float32 `[kept responses, features]`.
@@ -120,7 +120,7 @@ def survey(store: Store, responses: Tensor, keep: Tensor, device: torch.device) 
     return Statistics(mean, torch.where(varies, 1 / deviation, 0.0)), means
 
 
-def check_finite(store: Store, responses: Tensor, device: torch.device) -> None:
+def check_finite(store: StoredFeatures, responses: Tensor, device: torch.device) -> None:
     """Raises `NothingToLearnError` when a feature of the responses is NaN or infinite."""
     for part in parts(responses, store.lengths):
         entries, cu_seqlens = store.batch(part, device)

@@ -26,6 +26,18 @@ def check_same_answers(store: Store, rollouts: RolloutFile) -> None:
     responses_of(store, rollouts.rollouts)
 
 
+def check_same_layout(store: Store, test: Store) -> None:
+    """Raises unless a head of one store can read the other."""
+    if store.layout != test.layout or store.model != test.model:
+        raise StoreError(f"{test.path} was not made as {store.path}: expected the same model, layers, dtype and sketch")
+    mine, theirs = store.sketch, test.sketch
+    if mine and theirs and not all(map(torch.equal, mine.projections + mine.means, theirs.projections + theirs.means)):
+        raise StoreError(
+            f"{test.path} has another sketch than {store.path}: give `swift-kernels rollout` the first one's folder "
+            "with --sketch-of"
+        )
+
+
 def responses_of(store: Store, items: Sequence[Rollout]) -> list[list[int]]:
     """For each problem, which of the store's responses each candidate is."""
     return [store.responses(item.id, [candidate.token_ids or [] for candidate in item.candidates]) for item in items]

@@ -17,7 +17,7 @@ from swift_kernels.training import standardize
 from swift_kernels.training.losses import get_loss, within_problem_auc
 from swift_kernels.training.recipe import Recipe
 from swift_kernels.training.split import Example, NothingToLearnError, epoch_batches, split_examples
-from swift_kernels.training.standardize import Statistics, Store
+from swift_kernels.training.standardize import Statistics, StoredFeatures
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Run:
 class _Entries:
     """Some of the entries of a store."""
 
-    def __init__(self, store: Store, entries: Sequence[int]) -> None:
+    def __init__(self, store: StoredFeatures, entries: Sequence[int]) -> None:
         self.entries = tuple(entries)
         self.widths = tuple(store.widths[entry] for entry in entries)
         self.lengths = store.lengths
@@ -121,7 +121,7 @@ class Sweep:
         heads: Sequence[SwiftHead],
         recipes: Sequence[Recipe],
         entries: Sequence[tuple[int, ...]],
-        store: Store,
+        store: StoredFeatures,
         examples: Sequence[Example],
     ) -> None:
         self.device = heads[0].weight.device

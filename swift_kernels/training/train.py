@@ -17,8 +17,17 @@ from swift_kernels.head import SwiftHead
 from swift_kernels.progress import Progress
 from swift_kernels.training import card
 from swift_kernels.training.activations import Activations, Group, collect
-from swift_kernels.training.fit import Example, Fit, Recipe, check_learnable, fit
+from swift_kernels.training.fit import Epoch, Example, Fit, Recipe, check_learnable, fit_heads
 from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutFile, tokenized
+from swift_kernels.training.store import Store
+from swift_kernels.training.stored import (
+    check_same_answers,
+    check_same_layout,
+    make_head,
+    responses_of,
+    score_stored,
+    unsketched,
+)
 
 CARD_NAME = "README.md"
 CHECKPOINT_NAME = "unfinished-fit.safetensors"
@@ -100,40 +109,124 @@ def train_head(
     check_learnable([candidate.correct for item in items for candidate in item.candidates])
     head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task, top_logprobs=top_logprobs)
     activations, examples = _collect(model, head, items, progress)
-    learnable = [example for example in examples if activations.lengths[example.response]]
-    if len(learnable) < len(examples):
-        note(f"{len(examples) - len(learnable)} of {len(examples)} answers have no scored token and were left out")
-    with progress("fit", recipe.epochs) as update:
-        result = fit(
-            head,
-            activations,
-            learnable,
-            recipe,
-            on_epoch=lambda epoch, best: update(
-                epoch.number,
-                f"{epoch.held_out}, best so far epoch {best.number}",
-            ),
-            checkpoint=checkpoint,
-        )
-    validation = _evaluate_activations(head, activations, examples, items, result.validation_keys)
+    result, validation = _fit(head, activations, examples, items, recipe, None, checkpoint, progress, note)
     tested = None
     if test is not None:
         test_items = tokenized(test.rollouts, tokenizer)
         with progress("test", len(test_items)) as update:
             scores = score_rollouts(model, head, test_items, on_progress=update)
         tested = evaluate(test_items, scores)
+    data = _data(head, rollouts, test, result, model_name)
+    return _trained(head, result, recipe, validation, tested, data)
+
+
+def train_stored_head(
+    store: Store,
+    rollouts: RolloutFile,
+    *,
+    layers: str | Sequence[int] = "all",
+    gate: bool = True,
+    recipe: Recipe | None = None,
+    test: RolloutFile | None = None,
+    test_store: Store | None = None,
+    model_name: str | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> TrainedHead:
+    """Trains a head on an activation store, as `train_head` does, without running the LLM.
+
+    `rollouts` and `store` were written together, and so were `test` and `test_store`. A head that was fitted to
+    sketches is returned at the full width.
+
+    Raises:
+        StoreError: store and rollouts do not belong together, or layers are asked for that are not stored.
+    """
+    recipe = recipe or Recipe()
+    check_same_answers(store, rollouts)
+    head = make_head(store, layers, gate, rollouts.task)
+    if test is not None and test_store is not None:
+        _check_disjoint(rollouts, test)
+        check_same_answers(test_store, test)
+        check_same_layout(store, test_store)
+    items = rollouts.rollouts
+    examples = [
+        Example(response, candidate.correct, item.key)
+        for item, responses in zip(items, responses_of(store, items), strict=True)
+        for candidate, response in zip(item.candidates, responses, strict=True)
+    ]
+    result, validation = _fit(head, store, examples, items, recipe, store.layout.layers, checkpoint, progress, note)
+    tested = None
+    if test is not None and test_store is not None:
+        with progress("test", len(test.rollouts)) as update:
+            tested = evaluate(test.rollouts, score_stored(test_store, head, test.rollouts, update))
     data = {
+        **_data(head, rollouts, test, result, model_name),
+        "stores": [store.path.name, test_store and test_store.path.name],
+    }
+    data["layout"] = asdict(store.layout)
+    return _trained(unsketched(head, store), result, recipe, validation, tested, data)
+
+
+def _fit(
+    head: SwiftHead,
+    activations: Activations | Store,
+    examples: Sequence[Example],
+    items: Sequence[Rollout],
+    recipe: Recipe,
+    layers: Sequence[int] | None,
+    checkpoint: Path | None,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> tuple[Fit, Evaluation]:
+    """Fits the head to the answers that have a scored token, and evaluates it on the problems held back.
+
+    `layers` are those of the stored entries, where the head may read some of them alone.
+    """
+    learnable = [example for example in examples if activations.lengths[example.response]]
+    if len(learnable) < len(examples):
+        note(f"{len(examples) - len(learnable)} of {len(examples)} answers have no scored token and were left out")
+    with progress("fit", recipe.epochs) as update:
+
+        def tell(_head: int, epoch: Epoch, best: Epoch) -> None:
+            update(epoch.number, f"{epoch.held_out}, best so far epoch {best.number}")
+
+        [result] = fit_heads(
+            [head], activations, learnable, [recipe], layers=layers, on_epoch=tell, checkpoint=checkpoint
+        )
+    own = head.config.layers
+    entries = None if layers is None or own is None else [list(layers).index(layer) for layer in own]
+    return result, _evaluate_activations(head, activations, entries, examples, items, result.validation_keys)
+
+
+def _data(
+    head: SwiftHead, rollouts: RolloutFile, test: RolloutFile | None, result: Fit, model_name: str | None
+) -> dict[str, Any]:
+    """What the head was made from, for its card."""
+    candidates = [candidate for item in rollouts.rollouts for candidate in item.candidates]
+    return {
         "rollouts": rollouts.path.name,
         "header": _without_model(rollouts.header),
-        "problems": len(items),
-        "candidates": len(examples),
-        "correct": sum(example.correct for example in examples),
+        "problems": len(rollouts.rollouts),
+        "candidates": len(candidates),
+        "correct": sum(candidate.correct for candidate in candidates),
         "validation_problems": len(result.validation_keys),
         "model": model_name or (head.config.base_model or {}).get("name"),
+        "layout": None,
         "test_rollouts": None if test is None else test.path.name,
         "test_header": None if test is None else _without_model(test.header),
         "test_problems": None if test is None else len(test.rollouts),
     }
+
+
+def _trained(
+    head: SwiftHead,
+    result: Fit,
+    recipe: Recipe,
+    validation: Evaluation,
+    tested: Evaluation | None,
+    data: dict[str, Any],
+) -> TrainedHead:
     metrics = {
         "best_epoch": result.best.number,
         "kept_epoch": result.kept.number,
@@ -190,8 +283,14 @@ def _collect(
 
 @torch.no_grad()
 def _evaluate_activations(
-    head: SwiftHead, activations: Activations, examples: Sequence[Example], items: Sequence[Rollout], keys: set[str]
+    head: SwiftHead,
+    activations: Activations | Store,
+    entries: Sequence[int] | None,
+    examples: Sequence[Example],
+    items: Sequence[Rollout],
+    keys: set[str],
 ) -> Evaluation:
+    """By a head that reads these of the stored entries, or all."""
     remaining = iter(examples)
     scores, chosen = [], []
     for item in items:
@@ -199,7 +298,9 @@ def _evaluate_activations(
         if item.key in keys:
             chosen.append(item)
             responses = torch.tensor([example.response for example in own])
-            scores.append(head(*activations.batch(responses, head.weight.device)).tolist())
+            values, cu_seqlens = activations.batch(responses, head.weight.device)
+            read = values if entries is None else [values[entry] for entry in entries]
+            scores.append(head(read, cu_seqlens).tolist())
     return evaluate(chosen, scores)
 
 

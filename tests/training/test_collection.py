@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "hidden states": {"layers": "all", "dtype": "float32"},
     "bfloat16, two layers": {"layers": [0, -1]},
     "logits": {"layers": "logits", "dtype": "float32"},
+    "top_logprobs": {"layers": "top_logprobs", "dtype": "float32"},
     "random sketch": {"layers": "all", "dtype": "float32", "sketch": "random:4"},
     "pca": {"layers": "all", "dtype": "float32", "sketch": "pca:4"},
 }
@@ -205,7 +206,7 @@ def test_answers_of_other_batches_are_stored_by_a_second_pass(model: Any, tokeni
     changed = [line.replace('"token_ids":[', '"token_ids":[9,', 1) for line in lines]
     job.output.write_text("\n".join(changed) + "\n")
     notes = collect(job)
-    assert "generated in other batches" in notes[0]
+    assert "generated in other batches" in notes[1]
     store = Store(job.store)
     for rollout in read(job.output).rollouts:
         places = store.responses(rollout.id, [candidate.token_ids for candidate in rollout.candidates])

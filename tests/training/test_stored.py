@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from swift_kernels.evaluation.evaluate import score_rollouts
+from swift_kernels import SwiftHead
+from swift_kernels.evaluation.evaluate import evaluate, score_rollouts
 from swift_kernels.processes import Processes
 from swift_kernels.training.collection import Job, collect_rollouts
+from swift_kernels.training.recipe import Recipe
 from swift_kernels.training.rollouts import RolloutFile, read
 from swift_kernels.training.store import Store, StoreError
-from swift_kernels.training.stored import check_same_answers, make_head, score_stored, unsketched
+from swift_kernels.training.stored import check_same_answers, check_same_layout, make_head, score_stored, unsketched
+from swift_kernels.training.train import train_head, train_stored_head
 from tests.training.test_collection import make_job
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -23,9 +27,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "random sketch": {"layers": "all", "dtype": "float32", "sketch": "random:5"},
     "pca": {"layers": "all", "dtype": "float32", "sketch": "pca:5"},
     "logits": {"layers": "logits", "dtype": "float32"},
+    "top_logprobs": {"layers": "top_logprobs", "dtype": "float32"},
 }
 CASES = {f"{name}, all": (layout, "all") for name, layout in LAYOUTS.items()}
-CASES |= {f"{name}, two layers": (layout, [0, -1]) for name, layout in LAYOUTS.items() if name != "logits"}
+CASES |= {f"{name}, two layers": (layout, [0, -1]) for name, layout in LAYOUTS.items() if layout["layers"] == "all"}
 
 
 def collected(job: Job) -> tuple[Store, RolloutFile]:
@@ -48,6 +53,65 @@ def test_a_stores_head_scores_as_the_model_does(
     expected = score_rollouts(model, full, rollouts.rollouts)
     # Weights of 1 / sqrt(features) and a mean over tokens: what is left is float32's rounding in the model.
     torch.testing.assert_close(torch.tensor(stored), torch.tensor(expected), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def quiet(_description: str, _total: int) -> Any:
+    return nullcontext(lambda *_: None)
+
+
+def graded(rollouts: RolloutFile) -> RolloutFile:
+    """Every other answer right: the tiny model's own answers are all wrong."""
+    items = [
+        replace(item, candidates=[replace(c, correct=place % 2 == 0) for place, c in enumerate(item.candidates)])
+        for item in rollouts.rollouts
+    ]
+    return replace(rollouts, rollouts=items)
+
+
+@pytest.mark.parametrize("layers", ["all", [0, 2]], ids=["all layers", "two layers"])
+def test_a_head_trained_on_a_store_is_that_trained_on_the_model(
+    model: Any, tokenizer: Any, tmp_path: Path, layers: Any
+) -> None:
+    store, rollouts = collected(make_job(model, tokenizer, tmp_path, 12, layers="all", dtype="float32"))
+    rollouts = graded(rollouts)
+    recipe = Recipe(epochs=3, learning_rate=0.01)
+    options: dict[str, Any] = {"layers": layers, "recipe": recipe, "progress": quiet, "note": print}
+    stored = train_stored_head(store, rollouts, **options)
+    direct = train_head(model, tokenizer, rollouts, **options)
+    assert stored.head.config.layers == direct.head.config.layers
+    assert stored.head.config.base_model == direct.head.config.base_model
+    # Features that differ by float32's rounding, through three epochs of AdamW, which divides by their size.
+    for name, value in stored.head.state_dict().items():
+        torch.testing.assert_close(value, direct.head.state_dict()[name], rtol=0.02, atol=2e-3)
+    assert stored.fit.validation_keys == direct.fit.validation_keys
+
+
+def test_a_head_trained_on_a_sketch_is_saved_at_the_full_width(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    layout = {"layers": "all", "dtype": "float32", "sketch": "pca:5"}
+    store, rollouts = collected(make_job(model, tokenizer, tmp_path / "train", 12, **layout))
+    job = make_job(model, tokenizer, tmp_path / "test", 12, **layout)
+    job = replace(job, problems=job.task.problems("test", 6), sketch_of=store.path)
+    test_store, test = collected(job)
+    trained = train_stored_head(
+        store,
+        graded(rollouts),
+        recipe=Recipe(epochs=2),
+        test=graded(test),
+        test_store=test_store,
+        progress=quiet,
+        note=print,
+    )
+    assert trained.head.config.widths == (16, 16, 16)
+    trained.save(tmp_path / "head")
+    loaded = SwiftHead.from_pretrained(str(tmp_path / "head"), model=model)
+    scores = score_rollouts(model, loaded, test.rollouts)
+    assert trained.test is not None
+    again = evaluate(graded(test).rollouts, scores)
+    assert again.auc.mean == pytest.approx(trained.test.auc.mean, abs=1e-6)
+    assert "sketch" in (tmp_path / "head" / "README.md").read_text()
+    other_sketch, _ = collected(make_job(model, tokenizer, tmp_path / "other", 8, **layout))
+    with pytest.raises(StoreError, match="has another sketch"):
+        check_same_layout(store, other_sketch)
 
 
 def test_what_does_not_fit_is_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
