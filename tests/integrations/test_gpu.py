@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swift_kernels import SwiftHead, attach
+from swift_kernels.features import top_logprobs
 from swift_kernels.integrations.compatibility import eos_token_ids
 from swift_kernels.schema import implementation
 from tests.architectures import NAMED, randomised, tiny_model
@@ -40,6 +41,24 @@ def test_parity(name, options, gpu_prompts):
     check_parity(model, SwiftHead.for_model(model), gpu_prompts, **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill_chunk_size": 3}, {"use_cache": False}], ids=["dynamic", "chunks", "no-cache"]
+)
+def test_parity_of_log_probabilities(options, gpu_prompts):
+    model = on_gpu("llama")
+    check_parity(model, SwiftHead.for_model(model, "top_logprobs"), gpu_prompts, **options)
+
+
+@pytest.mark.parametrize("vocabulary", [96, 1001, 50257, 128256])
+def test_log_probabilities_of_a_row_are_bitwise_the_same_in_any_batch(vocabulary):
+    """Where the vocabulary is odd, rows begin at every alignment."""
+    logits = 5 * torch.randn(257, vocabulary, device="cuda")
+    next_ids = torch.randint(vocabulary, (257,), device="cuda")
+    together = top_logprobs(logits, 20, next_ids)
+    for row in (0, 1, 2, 3, 100, 256):
+        assert torch.equal(top_logprobs(logits[row : row + 1], 20, next_ids[row : row + 1])[0], together[row])
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_parity_inside_the_norms(name, gpu_prompts):
     model = on_gpu(name)
@@ -63,11 +82,15 @@ def test_level_a_in_half_precision(name, dtype, fuse, gpu_prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mixtral"])
-def test_static_cache_is_compiled_and_replayed(name, gpu_prompts):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("llama", "all"), ("gemma3_text", "all"), ("mixtral", "all"), ("llama", "top_logprobs")],
+    ids=["llama", "gemma3_text", "mixtral", "top-logprobs"],
+)
+def test_static_cache_is_compiled_and_replayed(name, layers, gpu_prompts):
     """On a GPU transformers compiles the decode step of a static cache by itself, with CUDA graphs."""
     model = on_gpu(name)
-    head = SwiftHead.for_model(model)
+    head = SwiftHead.for_model(model, layers)
     with attach(model, head) as scorer:
         generate(model, gpu_prompts)
         eager, counts = scorer.scores(), scorer.token_counts()
@@ -106,12 +129,16 @@ def captured(step):
     return graph.replay
 
 
-@pytest.mark.parametrize("fuse", ["gather", "norm"])
+@pytest.mark.parametrize(
+    ("fuse", "layers"),
+    [("gather", "all"), ("norm", "all"), ("gather", "top_logprobs")],
+    ids=["gather", "norm", "top-logprobs"],
+)
 @pytest.mark.parametrize("capture", ["graph", "reduce-overhead"])
-def test_a_recorded_decode_step(capture, fuse):
+def test_a_recorded_decode_step(capture, fuse, layers):
     """Replayed with other inputs and other slots, a graph gives what eager steps give."""
     model = on_gpu("llama")
-    head = SwiftHead.for_model(model)
+    head = SwiftHead.for_model(model, layers)
     token = torch.full((3, 1), 9, device="cuda")
     slots = torch.arange(3, device="cuda")
     mask = torch.ones(3, 1, 1, 1, dtype=torch.bool, device="cuda")
@@ -126,11 +153,16 @@ def test_a_recorded_decode_step(capture, fuse):
             run()
         return run
 
+    def state_where_nothing_waits(scorer):
+        if scorer._late is not None:
+            scorer._late.begin(3)
+        return scorer._state
+
     with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
         scorer.warmup(3)
         scorer.begin(slots)
         make = captured if capture == "graph" else compiled
-        results = decode_both_ways(scorer, lambda scorer: scorer._state, step, make, token, slots)
+        results = decode_both_ways(scorer, state_where_nothing_waits, step, make, token, slots)
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
 
