@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,18 @@ class Epoch:
     def rank(self, stop: str) -> tuple[float, float]:
         """The greater, the better; the loss decides between equal AUCs, which are common on few problems."""
         return (self.validation_auc or 0.0 if stop == "auc" else 0.0, -self.validation_loss)
+
+
+class RawWeights(NamedTuple):
+    """Weights `[outputs, len(columns)]` and bias `[outputs]` for features as they are stored.
+
+    `columns` are those of all that are read. Gate and reward, or without a gate any number of rewards, a score each.
+    """
+
+    columns: Tensor
+    weight: Tensor
+    bias: Tensor
+    gate: bool
 
 
 class Run:
@@ -245,7 +257,9 @@ class Sweep:
                 paths = standardize.ridge_paths(means[:, run.columns], labels.to(self.device), counts.to(self.device))
                 assert self.statistics is not None
                 weight, bias = self.statistics.fold(paths, torch.zeros(len(paths)).to(paths), run.columns)
-                scores = self._scores(held_out, [(run.columns, weight.to(run.weight), bias.to(run.bias), False)])
+                scores = self._scores(
+                    held_out, [RawWeights(run.columns, weight.to(run.weight), bias.to(run.bias), False)]
+                )
                 auc = within_problem_auc(scores, self.labels[held_out], self.group[held_out])
                 best = int(auc.argmax())
                 scale, shift = standardize.logistic_scale(scores[:, best], self.labels[held_out])
@@ -260,43 +274,41 @@ class Sweep:
         assert self.statistics is not None
         return self.statistics
 
-    def _folded(self, run: Run) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """The columns a head reads, its weights for raw features as the finished head will have them, and its gate."""
+    def _folded(self, run: Run) -> RawWeights:
+        """What the finished head will have, if it ends here."""
         weight, bias = self._statistics(run).fold(run.weight, run.bias, run.columns)
         dtype = run.head.weight.dtype
         # Through the head's own dtype: what is trained and validated is what is saved.
-        return run.columns, weight.to(dtype).to(run.weight), bias.to(dtype).to(run.bias), run.head.config.gate
+        weight, bias = weight.to(dtype).to(run.weight), bias.to(dtype).to(run.bias)
+        return RawWeights(run.columns, weight, bias, run.head.config.gate)
 
-    def _scores(self, examples: Tensor, heads: Sequence[tuple[Tensor, Tensor, Tensor, bool]]) -> Tensor:
+    def _scores(self, examples: Tensor, heads: Sequence[RawWeights]) -> Tensor:
         """Scores `[examples, heads]` on the CPU, from a few reads of the distinct responses of the examples."""
         distinct, place = self.responses[examples].unique(return_inverse=True)
         with torch.no_grad():
             parts = [self._score(part, heads).cpu() for part in standardize.parts(distinct, self.store.lengths)]
         return torch.cat(parts)[place]
 
-    def _score(self, responses: Tensor, heads: Sequence[tuple[Tensor, Tensor, Tensor, bool]]) -> Tensor:
-        """Scores `[responses, scores]` of heads given as columns, weights, biases and gate; differentiable.
-
-        A head without a gate may have several rows, a score each.
-        """
+    def _score(self, responses: Tensor, heads: Sequence[RawWeights]) -> Tensor:
+        """Scores `[responses, scores]`, differentiable, from one read of the responses."""
         entries, cu_seqlens = self.store.batch(responses, self.device)
         features = sum(self.store.widths)
         columns: list[Tensor | None] = [None] * len(heads)
         for gated in (True, False):
-            kind = [index for index, (_, _, _, gate) in enumerate(heads) if gate == gated]
+            kind = [index for index, head in enumerate(heads) if head.gate == gated]
             if not kind:
                 continue
             weights = []
             for index in kind:
-                own, weight, _, _ = heads[index]
+                own, weight = heads[index].columns, heads[index].weight
                 # A head of some entries has no weight for the others.
                 partial = len(own) < features
                 weights.append(
                     weight.new_zeros(len(weight), features).index_copy(1, own, weight) if partial else weight
                 )
-            bias = torch.cat([heads[index][2] for index in kind])
+            bias = torch.cat([heads[index].bias for index in kind])
             scores = schema.score_sequence(entries, torch.cat(weights), bias, cu_seqlens, gated)[0]
-            sizes = [1 if gated else len(heads[index][1]) for index in kind]
+            sizes = [1 if gated else len(heads[index].weight) for index in kind]
             for index, part in zip(kind, scores.split(sizes, dim=1), strict=True):
                 columns[index] = part
         return torch.cat([column for column in columns if column is not None], dim=1)
