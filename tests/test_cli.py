@@ -360,7 +360,7 @@ class TestTrainAndEvaluate:
         assert [path.name for path in (tmp_path / "head").iterdir()] == ["unfinished-fit.safetensors"]
         code, out, err = run(capsys, "train", rollouts, "--output", tmp_path / "head", *options, "--lr", "0.5")
         assert (code, out) == (2, "")
-        assert "is the checkpoint of another fit: recipe 0: learning_rate is 0.0001 there and 0.5 here" in err
+        assert "is the checkpoint of another fit: recipe 0: learning_rate is 1e-05 there and 0.5 here" in err
         assert run(capsys, "train", rollouts, "--output", tmp_path / "head", *options)[0] == 0
         assert len(saves) == 5, "the ridge start and two epochs were not done again"
         assert not (tmp_path / "head" / "unfinished-fit.safetensors").exists()

@@ -22,6 +22,8 @@ class Recipe:
 
     Attributes:
         loss: one of `losses.LOSSES`.
+        learning_rate: of AdamW, which moves every weight by about that much a step; so a score moves with the number of
+            features times as much.
         batch_size: candidates a step. Losses that compare candidates take whole problems, as many as fit, at least one.
         patience: epochs without a better value of `stop` before it ends.
         validation: share that is held back to stop early.
@@ -33,8 +35,8 @@ class Recipe:
         keep: the weights of the "best" epoch by `stop`, or of the "last".
     """
 
-    loss: str = "bce"
-    learning_rate: float = 1e-4
+    loss: str = "dpo"
+    learning_rate: float = 1e-5
     weight_decay: float = 1e-5
     batch_size: int = 16
     epochs: int = 40

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ def split_examples(examples: Sequence[Example], recipe: Recipe) -> Split:
 
     Raises:
         NothingToLearnError: the answers are all alike, on the training side or on both; there are fewer than two
-            problems; or no held-out problem has a right and a wrong answer and the recipe looks at their AUC.
+            problems; or no problem has right and wrong answers on a side where the recipe compares them.
     """
     check_learnable([example.correct for example in examples])
     keys = hold_back([example.key for example in examples], recipe.validation, recipe.seed)
@@ -79,15 +79,27 @@ def split_examples(examples: Sequence[Example], recipe: Recipe) -> Split:
         raise NothingToLearnError(
             f"all {len(train_indices)} answers on the training side of the split are alike: more problems are needed"
         )
-    kinds: dict[str, set[bool]] = {}
-    for index in held_out:
-        kinds.setdefault(examples[index].key, set()).add(examples[index].correct)
-    if (recipe.stop == "auc" or recipe.start == "ridge") and all(len(kind) < 2 for kind in kinds.values()):
+    problems, mixed = _mixed(examples, train_indices)
+    if recipe.loss in GROUPED and not mixed:
         raise NothingToLearnError(
-            f"none of the {len(kinds)} held-out problems has right and wrong answers, so there is no AUC within "
+            f"none of the {problems} problems on the training side of the split has right and wrong answers, which the "
+            f"loss {recipe.loss!r} compares: more answers a problem, or the loss 'bce'"
+        )
+    problems, mixed = _mixed(examples, held_out)
+    if (recipe.stop == "auc" or recipe.start == "ridge") and not mixed:
+        raise NothingToLearnError(
+            f"none of the {problems} held-out problems has right and wrong answers, so there is no AUC within "
             "problems to watch: more answers a problem, or start 'random' and stop by 'loss'"
         )
     return Split(torch.tensor(train_indices), torch.tensor(sorted(held_out)), keys)
+
+
+def _mixed(examples: Sequence[Example], indices: Iterable[int]) -> tuple[int, int]:
+    """How many problems the examples have, and how many of these have right and wrong ones."""
+    kinds: dict[str, set[bool]] = {}
+    for index in indices:
+        kinds.setdefault(examples[index].key, set()).add(examples[index].correct)
+    return len(kinds), sum(len(kind) == 2 for kind in kinds.values())
 
 
 def epoch_batches(train: Tensor, labels: Tensor, group: Tensor, recipe: Recipe, epoch: int) -> list[Tensor]:

@@ -28,7 +28,7 @@ from swift_kernels.training.losses import LOSSES, get_loss, within_problem_auc
 from swift_kernels.training.resume import ResumeError
 from swift_kernels.training.split import epoch_batches, split_examples
 
-QUICK = Recipe(learning_rate=0.05, epochs=30, patience=30, batch_size=4, start="random")
+QUICK = Recipe(learning_rate=0.05, epochs=30, patience=30, batch_size=4, start="random", loss="bce")
 
 
 def separable(
@@ -148,7 +148,7 @@ class TestFit:
         # Labels that hardly follow the features: it overfits, and the last epoch is worse than the best.
         activations, examples = separable(problems=40, noise=3.0)
         head = SwiftHead([3, 2])
-        recipe = Recipe(learning_rate=0.3, epochs=40, patience=6, batch_size=4, start=start, stop=stop)
+        recipe = replace(QUICK, learning_rate=0.3, epochs=40, patience=6, start=start, stop=stop)
         result = fit(head, activations, examples, recipe)
         last, best = result.history[-1], result.best
         if stop == "loss":
@@ -168,7 +168,7 @@ class TestFit:
     def test_can_keep_the_last_weights_as_the_authors_code_does(self) -> None:
         activations, examples = separable(problems=40, noise=3.0)
         head = SwiftHead([3, 2])
-        recipe = Recipe(learning_rate=0.3, patience=3, batch_size=4, start="random", stop="loss", keep="last")
+        recipe = replace(QUICK, learning_rate=0.3, patience=3, stop="loss", keep="last")
         result = fit(head, activations, examples, recipe)
         assert result.kept == result.history[-1] != result.best
         loss, _ = facts_of(head, activations, held_out(result, examples), "bce")
@@ -455,6 +455,11 @@ class TestNothingToLearn:
             fit(SwiftHead([3, 2]), activations, single, QUICK)
         result = fit(SwiftHead([3, 2]), activations, single, replace(QUICK, stop="loss"))
         assert result.best.validation_auc is None
+        for loss in ("dpo", "infonca", "nca"):
+            with pytest.raises(
+                NothingToLearnError, match=f"none of the 32 problems .* which the loss '{loss}' compares"
+            ):
+                fit(SwiftHead([3, 2]), activations, single, replace(QUICK, stop="loss", loss=loss))
 
     def test_answers_without_a_token(self) -> None:
         made = Activations([1], [2, 0, 2, 1], torch.float32)
