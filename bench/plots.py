@@ -149,7 +149,7 @@ def draw_best_of_n(result: Result, pyplot: Any) -> Any:
 
 def draw_memory(result: Result, pyplot: Any) -> Any:
     """Bytes against tokens."""
-    figure, axis = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(10, 4.8), layout="constrained")
     cases = sorted(result.cases, key=lambda case: int(case.labels["tokens"]))
     tokens = [int(case.labels["tokens"]) for case in cases]
     colours = colours_of(cases[0])
@@ -162,7 +162,7 @@ def draw_memory(result: Result, pyplot: Any) -> Any:
     axis.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axis.minorticks_off()
     axis.set_title(f"{cases[0].labels['model']}, {cases[0].labels['entries']}", loc="left")
-    axis.legend(fontsize=8, frameon=False, loc="center left")
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     return figure
 
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,7 @@ import torch
 
 from swift_kernels import SwiftHead
 from swift_kernels.head import HeadConfig
-from swift_kernels.training import activations as activations_module
-from swift_kernels.training import standardize
-from swift_kernels.training.activations import Activations, collect
+from swift_kernels.training.activations import Activations
 from swift_kernels.training.fit import (
     RECIPES,
     Epoch,
@@ -22,96 +18,11 @@ from swift_kernels.training.fit import (
     Recipe,
     fit,
     fit_heads,
-    hold_back,
 )
-from swift_kernels.training.losses import LOSSES, get_loss, within_problem_auc
+from swift_kernels.training.losses import LOSSES
 from swift_kernels.training.resume import ResumeError
-from swift_kernels.training.split import epoch_batches, split_examples
-
-QUICK = Recipe(learning_rate=0.05, epochs=30, patience=30, batch_size=4, start="random", loss="bce")
-
-
-def separable(
-    problems: int = 10, noise: float = 0.0, dtype: torch.dtype = torch.float32
-) -> tuple[Activations, list[Example]]:
-    """Four responses a problem; the first feature tells right from wrong."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 6, (4 * problems,), generator=generator).tolist()
-    made = Activations([3, 2], lengths, dtype)
-    made.values.copy_(torch.randn(sum(lengths), 5, generator=generator))
-    examples = []
-    for response in range(4 * problems):
-        right = response % 4 < 2
-        start, end = made.cu_seqlens[response : response + 2].tolist()
-        made.values[start:end, 0] = (1.0 if right else -1.0) + noise * torch.randn(end - start, generator=generator)
-        examples.append(Example(response, right, f"problem {response // 4}"))
-    return made, examples
-
-
-class TestActivations:
-    @pytest.mark.parametrize("layers", ["all", [0, -1], "logits"], ids=str)
-    def test_are_the_hidden_states_of_the_scored_tokens(self, model: Any, layers: Any) -> None:
-        head = SwiftHead.for_model(model, layers)
-        groups = [([5, 6, 7], [[8, 9, 10, 1], [8, 11], [12, 13, 14, 15]]), ([11], [[16]]), ([17, 18], [[19], [20, 21]])]
-        sequences = [(prompt, response) for prompt, responses in groups for response in responses]
-        done: list[int] = []
-        found = collect(model, head.config, groups, batch_size=2, on_progress=done.append)
-        # All but the last token, which is the end-of-sequence of the first.
-        assert found.lengths == (3, 1, 3, 0, 0, 1)
-        assert done == [1, 2, 3]
-        for index, (prompt, response) in enumerate(sequences):
-            entries, cu_seqlens = found.batch(torch.tensor([index]))
-            assert cu_seqlens.tolist() == [0, found.lengths[index]]
-            if not found.lengths[index]:
-                continue
-            with torch.no_grad():
-                output = model(torch.tensor([prompt + response]), output_hidden_states=True)
-            if layers == "logits":
-                whole = [output.logits]
-            else:
-                whole = [output.hidden_states[layer] for layer in head.config.layers or ()]
-            span = slice(len(prompt), len(prompt) + found.lengths[index])
-            for entry, expected in zip(entries, whole, strict=True):
-                # Padding changes the order of additions in attention.
-                torch.testing.assert_close(entry, expected[0, span], rtol=1e-5, atol=1e-5)
-
-    def test_keep_the_dtype_of_the_model(self, model: Any) -> None:
-        import copy
-
-        head = SwiftHead.for_model(model, [1])
-        half = copy.deepcopy(model).bfloat16()
-        assert collect(half, head.config, [([5], [[6, 7]])]).values.dtype == torch.bfloat16
-
-    def test_batches_may_repeat_and_reorder(self) -> None:
-        made, _ = separable()
-        entries, cu_seqlens = made.batch(torch.tensor([3, 0, 3]))
-        assert cu_seqlens.diff().tolist() == [made.lengths[3], made.lengths[0], made.lengths[3]]
-        assert [entry.shape[1] for entry in entries] == [3, 2]
-        assert torch.equal(entries[0][: made.lengths[3]], entries[0][-made.lengths[3] :])
-
-    def test_refuse_what_the_disk_cannot_hold_and_leave_nothing(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-    ) -> None:
-        monkeypatch.setattr(activations_module.tempfile, "tempdir", str(tmp_path))
-        made, _ = separable()
-        assert made.nbytes > 0
-        assert not list(tmp_path.iterdir())
-        usage = namedtuple("usage", "total used free")(10, 9, 1)
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-        with pytest.raises(ValueError, match="set TMPDIR to a larger folder"):
-            separable()
-
-
-def held_out(result: Any, examples: list[Example]) -> list[Example]:
-    return [example for example in examples if example.key in result.validation_keys]
-
-
-def facts_of(head: SwiftHead, activations: Activations, examples: list[Example], loss: str) -> tuple[float, float]:
-    """Loss and within-problem AUC of a head on some examples."""
-    scores = head(*activations.batch(torch.tensor([example.response for example in examples])))
-    labels = torch.tensor([float(example.correct) for example in examples])
-    group = torch.tensor([int(example.key.removeprefix("problem ")) for example in examples])
-    return get_loss(loss)(scores, labels, group).item(), within_problem_auc(scores, labels, group).item()
+from swift_kernels.training.split import split_examples
+from tests.training.data import QUICK, facts_of, held_out, separable
 
 
 class TestFit:
@@ -492,150 +403,6 @@ class TestNothingToLearn:
         activations, examples = separable()
         with pytest.raises(NothingToLearnError, match="lower the learning rate"):
             fit(SwiftHead([3, 2]), activations, examples, replace(QUICK, loss="hinge", learning_rate=3e37))
-
-
-class TestStandardize:
-    def test_statistics_of_far_off_features(self) -> None:
-        activations, _ = separable()
-        activations.values.mul_(torch.tensor([1.0, 3.0, 1e-2, 1.0, 1.0])).add_(torch.tensor([0.0, 1e4, 1.0, 0.0, 0.0]))
-        activations.values[:, 4] = 7.0
-        responses = torch.tensor([0, 3, 4, 30])
-        keep = torch.tensor([True, False, False, True])
-        statistics, means = standardize.survey(activations, responses, keep, torch.device("cpu"))
-        own = [activations.values[slice(*activations.cu_seqlens[r : r + 2].tolist())].double() for r in responses]
-        tokens = torch.cat(own)
-        # 16 tokens or fewer, summed in float64 about a point near their mean.
-        torch.testing.assert_close(statistics.mean, tokens.mean(dim=0), rtol=1e-14, atol=1e-14)
-        deviation = tokens.std(dim=0, correction=0)
-        torch.testing.assert_close(statistics.inverse_deviation[:4], 1 / deviation[:4], rtol=1e-11, atol=0)
-        assert statistics.inverse_deviation[4] == 0, "a feature that never changes gets no weight"
-        expected = torch.stack([own[0].mean(dim=0), own[3].mean(dim=0)]).float()
-        torch.testing.assert_close(means, expected, rtol=2e-7, atol=0)
-
-    def test_many_parts_are_as_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        activations, _ = separable()
-        everything = torch.arange(40), torch.ones(40, dtype=torch.bool), torch.device("cpu")
-        one, means = standardize.survey(activations, *everything)
-        monkeypatch.setattr(standardize, "TOKENS_AT_ONCE", 7)
-        assert len(list(standardize.parts(everything[0], activations.lengths))) > 10
-        many, others = standardize.survey(activations, *everything)
-        torch.testing.assert_close(many.mean, one.mean, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(many.inverse_deviation, one.inverse_deviation, rtol=1e-12, atol=0)
-        assert torch.equal(means, others)
-
-    def test_folded_weights_read_raw_features(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(50, 8, generator=generator, dtype=torch.float64)
-        features = features * torch.logspace(-3, 3, 8) + torch.linspace(-100, 100, 8)
-        statistics = standardize.Statistics(features.mean(dim=0), 1 / features.std(dim=0))
-        weight = torch.randn(2, 8, generator=generator)
-        bias = torch.randn(2, generator=generator)
-        columns = torch.tensor([1, 2, 4, 7])
-        expected = (features - statistics.mean) * statistics.inverse_deviation
-        expected = expected[:, columns] @ weight[:, columns].T.double() + bias
-        raw, shift = (part.float().double() for part in statistics.fold(weight[:, columns], bias, columns))
-        error = (features[:, columns] @ raw.T + shift - expected).abs()
-        # Folding is exact to float64; each weight then rounds once to float32, by half an eps.
-        scale = features[:, columns].abs() @ raw.abs().T + shift.abs()
-        assert (error <= (torch.finfo(torch.float32).eps / 2 + 1e-13) * scale).all()
-        assert error.max() > 0
-
-    @pytest.mark.parametrize("shape", [(30, 6), (6, 30)], ids=["more-candidates", "more-features"])
-    def test_ridge_solves_its_normal_equations(self, shape: tuple[int, int]) -> None:
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(shape, generator=generator)
-        labels = torch.rand(shape[0], generator=generator)
-        counts = torch.randint(1, 4, (shape[0],), generator=generator).float()
-        paths = standardize.ridge_paths(features, labels, counts)
-        repeats = counts.long()
-        x = features.double().repeat_interleave(repeats, dim=0)
-        y = labels.double().repeat_interleave(repeats)
-        x, y = x - x.mean(dim=0), y - y.mean()
-        assert len(paths) == len(standardize.PENALTIES)
-        length = x.square().sum() / shape[0]
-        for penalty, weight in zip(standardize.PENALTIES, paths, strict=True):
-            gradient = x.T @ (x @ weight - y) + penalty * length * weight
-            # The Gram matrix is of float32 products; a penalty of 1e-2 amplifies their rounding at most a hundredfold.
-            assert gradient.norm() < 1e-4 * (x.T @ y).norm()
-
-    def test_ridge_start_is_the_best_of_its_penalties(self) -> None:
-        activations, examples = separable(problems=60, noise=3.0)
-        head = SwiftHead([3, 2])
-        result = fit(head, activations, examples, replace(QUICK, start="ridge", epochs=1, learning_rate=0.0))
-        assert result.penalty in standardize.PENALTIES
-        assert (head.weight[0].abs().max(), head.bias[0]) == (0, 0)
-        assert facts_of(head, activations, held_out(result, examples), "bce")[1] == result.history[0].validation_auc
-        # The scale is that of logits: better than answering the share of right ones.
-        assert result.history[0].validation_loss < 0.693
-
-    def test_logistic_scale_is_where_the_slope_is_zero(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        scores = 0.01 * torch.randn(400, generator=generator).double()
-        labels = (torch.rand(400, generator=generator) < (150 * scores - 1).sigmoid()).double()
-        scale, shift = standardize.logistic_scale(scores, labels)
-        residual = labels - (scale * scores + shift).sigmoid()
-        # Up to the prior, of the weight of one observation.
-        assert residual.sum().item() == pytest.approx(shift, rel=1e-6)
-        assert (residual * scores).sum().item() == pytest.approx(scale * scores.var().item(), rel=1e-6)
-        assert scale == pytest.approx(150, rel=0.3)
-
-
-class TestSplit:
-    def test_by_problem_no_problem_is_on_both_sides(self) -> None:
-        _, examples = separable(problems=20)
-        split = split_examples(examples, QUICK)
-        assert (len(split.train), len(split.validation)) == (64, 16)
-        assert {examples[index].key for index in split.validation.tolist()} == split.validation_keys
-        assert split.validation_keys.isdisjoint({examples[index].key for index in split.train.tolist()})
-
-    def test_by_candidate_problems_are_on_both_sides(self) -> None:
-        _, examples = separable(problems=20)
-        split = split_examples(examples, RECIPES["upstream"])
-        assert (len(split.train), len(split.validation)) == (64, 16)
-        assert sorted(split.train.tolist() + split.validation.tolist()) == list(range(80))
-        assert {examples[index].key for index in split.train.tolist()} & split.validation_keys
-        assert {examples[index].key for index in split.validation.tolist()} == split.validation_keys
-
-    @pytest.mark.parametrize("loss", LOSSES)
-    def test_batches_cover_all_once_and_comparisons_take_whole_problems(self, loss: str) -> None:
-        group = torch.tensor([0, 1, 2, 0, 1, 2, 0, 3, 4, 4])
-        labels = torch.tensor([1, 0, 1, 0, 0, 1, 1, 0, 1, 0]).float()
-        train = torch.tensor([0, 1, 3, 4, 6, 7, 8, 9])
-        recipe = replace(QUICK, loss=loss, batch_size=4)
-        batches = epoch_batches(train, labels, group, recipe, 1)
-        # Problem 1 has no right answer, problem 3 a single one.
-        expected = {"dpo": [0, 3, 6, 8, 9], "infonca": [0, 1, 3, 4, 6, 8, 9], "nca": [0, 1, 3, 4, 6, 8, 9]}
-        assert sorted(torch.cat(batches).tolist()) == expected.get(loss, train.tolist())
-        assert all(len(batch) <= 4 for batch in batches)
-        if loss in expected:
-            problems = [set(group[batch].tolist()) for batch in batches]
-            assert sum(map(len, problems)) == len(set().union(*problems))
-
-    @pytest.mark.parametrize("loss", LOSSES)
-    def test_shuffles_belong_to_seed_and_epoch_alone(self, loss: str) -> None:
-        group, labels = torch.arange(40) // 4, torch.arange(40) % 2
-
-        def order(seed: int, epoch: int) -> tuple[int, ...]:
-            recipe = replace(QUICK, loss=loss, seed=seed)
-            return tuple(torch.cat(epoch_batches(torch.arange(40), labels.float(), group, recipe, epoch)).tolist())
-
-        places = [(seed, epoch) for seed in range(3) for epoch in range(3)]
-        orders = [order(*place) for place in places]
-        assert len(set(orders)) == 9
-        assert [order(*place) for place in reversed(places)] == orders[::-1]
-
-    def test_a_problem_larger_than_a_batch_is_a_batch(self) -> None:
-        group = torch.tensor([0] * 9 + [1, 1])
-        labels = torch.tensor([1.0, 0.0] * 5 + [1.0])
-        batches = epoch_batches(torch.arange(11), labels, group, replace(QUICK, loss="nca", batch_size=4), 1)
-        assert sorted(map(len, batches)) == [2, 9]
-
-    @pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
-    def test_hold_back_keeps_keys_together_and_both_sides_filled(self, fraction: float) -> None:
-        keys = [f"k{index // 3}" for index in range(30)]
-        held = hold_back(keys, fraction, seed=0)
-        assert len(held) == min(max(1, round(10 * fraction)), 9)
-        assert held == hold_back(keys[::-1], fraction, seed=0)
 
 
 def test_upstream_is_the_papers_recipe() -> None:
