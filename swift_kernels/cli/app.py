@@ -22,7 +22,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on the CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts for machines instead of tables.")]
 AllowMismatch = Annotated[bool, typer.Option(help="Use the head although it was trained on another model.")]
-TaskName = Annotated[str, typer.Option(help="sums, reasoning-gym:<dataset> or jsonl:<path>.")]
+TaskName = Annotated[str, typer.Option(help="sums, reasoning-gym:<dataset>[,shots=4,...] or jsonl:<path>.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 switches it off.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 switches it off.")]
 
@@ -43,7 +43,7 @@ def rollout(
     chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default as the task says.")] = None,
     batch_size: Annotated[int, typer.Option(help="Answers decoded at once.")] = 64,
     store: Annotated[Path | None, typer.Option(help="Folder that keeps the activations, for `train --store`.")] = None,
-    store_layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, or logits.")] = "all",
+    store_layers: Annotated[str, typer.Option(help="What it keeps: all or indices, logits, top_logprobs.")] = "all",
     store_dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     sketch: Annotated[str | None, typer.Option(help="Project each entry: random:64, or pca:64.")] = None,
     sketch_of: Annotated[Path | None, typer.Option(help="Store whose projections to use, as for test data.")] = None,
@@ -77,7 +77,7 @@ def rollout(
     group = processes.join(device)
     lm, tokenizer = _load_model(model, device, dtype)
     header = settings(lm, chosen, sampling, split=split, chat=chat)
-    layout = None if store is None else make_layout(lm, _parse_layers(store_layers), store_dtype, sketch)
+    layout = None if store is None else make_layout(lm, _parse_sources(store_layers), store_dtype, sketch)
     job = Job(lm, tokenizer, chosen, wanted, sampling, chat, header, output, batch_size, store, layout, sketch_of)
     if layout is not None and group.is_first:
         tokens, nbytes = largest_store(job)
@@ -425,6 +425,14 @@ def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
 
 def _parse_layers(text: str) -> str | list[int]:
     return text if text in ("all", "logits", "top_logprobs") else _parse_integers("--layers", text)
+
+
+def _parse_sources(text: str) -> list[str | int]:
+    """Layers and other sources, such as "all,logits" or "16,24,top_logprobs"."""
+    parts = text.split(",")
+    layers = [part for part in parts if part not in ("logits", "top_logprobs")]
+    sources = [part for part in parts if part not in layers]
+    return [*(layers if layers in ([], ["all"]) else _parse_integers("--store-layers", ",".join(layers))), *sources]
 
 
 def _parse_integers(option: str, text: str) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from swift_kernels.evaluation.evaluate import Evaluation
 from swift_kernels.evaluation.metrics import Estimate
+from swift_kernels.features import HIDDEN_STATES
 from swift_kernels.head import HeadConfig
 from swift_kernels.training.fit import Fit, Recipe
 
@@ -219,9 +220,10 @@ def _stored(layout: dict[str, Any] | None) -> list[str]:
 
 
 def _store_options(layout: dict[str, Any]) -> str:
-    layers, source = layout["layers"], layout["features"]
-    whole = layers is not None and len(layers) == layout["num_hidden_layers"] + 1
-    chosen = source if layers is None else "all" if whole else ",".join(map(str, layers))
+    layers = layout["layers"] or ()
+    whole = bool(layers) and len(layers) == layout["num_hidden_layers"] + 1
+    others = [source for source in layout["features"] if source != HIDDEN_STATES]
+    chosen = ",".join(map(str, [*(["all"] if whole else layers), *others]))
     sketch = layout["sketch"]
     parts = f" --store-layers {chosen} --store-dtype {layout['dtype']}"
     return parts + (f" --sketch {sketch['method']}:{sketch['dimensions']}" if sketch else "")

@@ -7,6 +7,7 @@ before its rollouts, and a unit counts as done when it has both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,17 +241,26 @@ def _teacher_forced(job: Job, store: StoreWriter, rollout: Rollout) -> tuple[Sha
     values = torch.empty(sum(lengths), sum(layout.stored_widths), dtype=stores.DTYPES[layout.dtype])
     columns = torch.tensor([0, *layout.stored_widths]).cumsum(0).tolist()
 
-    def keep(rows: Tensor, k: int, entry: Tensor) -> None:
-        kept = entry if store.sketch is None else store.sketch.apply(k, entry)
-        values[rows, columns[k] : columns[k + 1]] = kept.to(values)
+    def keep(first: int, rows: Tensor, k: int, entry: Tensor) -> None:
+        kept = entry if store.sketch is None else store.sketch.apply(first + k, entry)
+        values[rows, columns[first + k] : columns[first + k + 1]] = kept.to(values)
 
-    forward_responses(job.model, head_config(layout), rollout.prompt_token_ids or [], distinct, keep)
+    for source in layout.features:
+        config, entries = source_config(layout, source)
+        put = functools.partial(keep, entries.start)
+        forward_responses(job.model, config, rollout.prompt_token_ids or [], distinct, put)
     return ShardProblem(rollout.id, places, digest(answers)), list(values.split(lengths))
 
 
-def head_config(layout: Layout) -> HeadConfig:
-    """Of a head that reads the entries of a store as the model computes them."""
-    return HeadConfig(layout.widths, layout.features, layout.layers, layout.num_hidden_layers, span=layout.span)
+def source_config(layout: Layout, source: str) -> tuple[HeadConfig, slice]:
+    """Of a head that reads all entries of one source as the model computes them, and which entries these are."""
+    if source == features.HIDDEN_STATES:
+        entries = slice(0, len(layout.layers or ()))
+        layers, depth = layout.layers, layout.num_hidden_layers
+    else:
+        entries = slice(layout.entries.index(source), layout.entries.index(source) + 1)
+        layers = depth = None
+    return HeadConfig(layout.widths[entries], source, layers, depth, span=layout.span), entries
 
 
 def _check_space(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -29,8 +30,11 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._taps = ExitStack()
-        if self._layout.features != features.TOP_LOGPROBS:  # these come with the tokens, by `sampled`
-            self._taps = features.tap(self._model, self._layout.features, self._layout.layers, self._keep)
+        for source in self._layout.features:
+            if source != features.TOP_LOGPROBS:  # these come with the tokens, by `sampled`
+                first = 0 if source == features.HIDDEN_STATES else self._layout.entries.index(source)
+                keep = functools.partial(self._keep, first)
+                self._taps.push(features.tap(self._model, source, self._layout.layers, keep))
         return self
 
     def __exit__(
@@ -38,20 +42,22 @@ class Recorder:
     ) -> None:
         self._taps.close()
 
-    def _keep(self, k: int, entry: Tensor) -> None:
-        last = entry[:, -1]
-        if k == 0:
+    def _keep(self, first: int, k: int, entry: Tensor) -> None:
+        self._put(first + k, entry[:, -1])
+
+    def _put(self, entry: int, values: Tensor) -> None:
+        """Keeps the values `[rows, width]` of an entry; the first one of a forward comes before the others."""
+        if entry == 0:
             dtype = DTYPES[self._layout.dtype]
-            self._forwards.append(torch.empty(last.shape[0], self._columns[-1], dtype=dtype))
-        kept = last if self._sketch is None else self._sketch.apply(k, last)
-        self._forwards[-1][:, self._columns[k] : self._columns[k + 1]] = kept
+            self._forwards.append(torch.empty(values.shape[0], self._columns[-1], dtype=dtype))
+        kept = values if self._sketch is None else self._sketch.apply(entry, values)
+        self._forwards[-1][:, self._columns[entry] : self._columns[entry + 1]] = kept
 
     def sampled(self, logits: Tensor, tokens: Tensor) -> None:
         """Told by the sampler of the logits `[rows, vocabulary]` after a forward and the tokens `[rows, 1]` it took."""
-        if self._layout.features == features.TOP_LOGPROBS:
-            values = features.top_logprobs(logits, self._layout.widths[0] - 3, tokens[:, 0])
-            kept = values if self._sketch is None else self._sketch.apply(0, values)
-            self._forwards.append(kept.to("cpu", DTYPES[self._layout.dtype]))
+        if features.TOP_LOGPROBS in self._layout.features:
+            values = features.top_logprobs(logits, self._layout.widths[-1] - 3, tokens[:, 0])
+            self._put(len(self._layout.widths) - 1, values)
 
     def response(self, row: int, tokens: Sequence[int]) -> Tensor:
         """`[tokens, stored features]` of these tokens of a row's answer."""

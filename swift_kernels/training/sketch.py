@@ -20,7 +20,7 @@ METHODS = ("random", "pca")
 
 @dataclass(frozen=True)
 class Sketch:
-    """One projection an entry.
+    """One projection an entry; an entry that is no wider than the sketch is kept as it is.
 
     Attributes:
         projections: float32 `[width, dimensions]` of each entry.
@@ -75,7 +75,12 @@ def random_sketch(widths: Sequence[int], dimensions: int, seed: int = 0) -> Sket
     """Gaussian projections (Johnson-Lindenstrauss), the same for the same widths and seed on every machine."""
     _check_dimensions(widths, dimensions)
     generator = torch.Generator().manual_seed(seed)
-    projections = [torch.randn(width, dimensions, generator=generator) / dimensions**0.5 for width in widths]
+    projections = [
+        torch.randn(width, dimensions, generator=generator) / dimensions**0.5
+        if width > dimensions
+        else torch.eye(width)
+        for width in widths
+    ]
     return Sketch(projections, [torch.zeros(width) for width in widths])
 
 
@@ -86,8 +91,7 @@ def pca_sketch(pilot: Sequence[Tensor], dimensions: int) -> Sketch:
         pilot: `[tokens, width]` of each entry.
         dimensions: to keep; at most the number of tokens less one.
     """
-    widths = [entry.shape[1] for entry in pilot]
-    _check_dimensions(widths, dimensions)
+    _check_dimensions([entry.shape[1] for entry in pilot], dimensions)
     tokens = pilot[0].shape[0]
     if tokens <= dimensions:
         raise ValueError(
@@ -96,6 +100,10 @@ def pca_sketch(pilot: Sequence[Tensor], dimensions: int) -> Sketch:
         )
     projections, means = [], []
     for entry in pilot:
+        if entry.shape[1] <= dimensions:
+            projections.append(torch.eye(entry.shape[1]))
+            means.append(torch.zeros(entry.shape[1]))
+            continue
         values = entry.double()
         mean = values.mean(0)
         _, singular, directions = torch.linalg.svd(values - mean, full_matrices=False)
@@ -108,5 +116,5 @@ def pca_sketch(pilot: Sequence[Tensor], dimensions: int) -> Sketch:
 
 
 def _check_dimensions(widths: Sequence[int], dimensions: int) -> None:
-    if not 1 <= dimensions <= min(widths):
-        raise ValueError(f"the sketch has {dimensions} dimensions: expected 1..{min(widths)}, the least width")
+    if not 1 <= dimensions <= max(widths):
+        raise ValueError(f"the sketch has {dimensions} dimensions: expected 1..{max(widths)}, the greatest width")

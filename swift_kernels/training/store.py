@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from swift_kernels import files
-from swift_kernels.features import FEATURE_SOURCES
+from swift_kernels.features import FEATURE_SOURCES, FROM_LOGITS, HIDDEN_STATES
 from swift_kernels.head import SwiftHead
 from swift_kernels.training.sketch import METHODS, Sketch
 
@@ -45,16 +45,16 @@ class Layout:
     """What a store keeps of every scored token.
 
     Attributes:
-        features: the source, as in `HeadConfig`.
-        layers: indices of the entries in Hugging Face's `hidden_states`; None for other sources.
+        features: the sources, as in `HeadConfig`, in the order of `FEATURE_SOURCES`.
+        widths: of the entries as the model computes them: one a layer, then one for each other source.
+        layers: indices of the hidden states in Hugging Face's `hidden_states`; None where none are kept.
         num_hidden_layers: of the model, where layers are given.
-        widths: of the entries as the model computes them.
         span: which tokens count.
         dtype: that values are stored in. float16 would overflow on the massive activations that many models have.
         sketch: how entries are sketched ({"method": "pca", "dimensions": 64}), or None.
     """
 
-    features: str
+    features: tuple[str, ...]
     widths: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     num_hidden_layers: int | None = None
@@ -65,36 +65,55 @@ class Layout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
-        if self.features not in FEATURE_SOURCES:
-            raise StoreError(f"features is {self.features!r}: expected one of {', '.join(FEATURE_SOURCES)}")
+        object.__setattr__(self, "features", tuple(self.features))
+        if not self.features or self.features != tuple(name for name in FEATURE_SOURCES if name in self.features):
+            raise StoreError(f"features is {self.features!r}: expected some of {', '.join(FEATURE_SOURCES)}, in order")
+        if len(self.entries) != len(self.widths):
+            raise StoreError(f"{len(self.widths)} widths for the entries {list(self.entries)}: expected one each")
         if self.dtype not in DTYPES:
             raise StoreError(f"the store's dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
 
     @property
+    def entries(self) -> tuple[int | str, ...]:
+        """What the entries are: layers, and the names of other sources."""
+        return *(self.layers or ()), *(name for name in self.features if name != HIDDEN_STATES)
+
+    @property
     def stored_widths(self) -> tuple[int, ...]:
-        """Of the entries as they are stored."""
-        return self.widths if self.sketch is None else (self.sketch["dimensions"],) * len(self.widths)
+        """Of the entries as they are stored: a sketch leaves alone what is no wider than itself."""
+        if self.sketch is None:
+            return self.widths
+        return tuple(min(width, self.sketch["dimensions"]) for width in self.widths)
 
     def nbytes(self, tokens: int) -> int:
         return tokens * sum(self.stored_widths) * DTYPES[self.dtype].itemsize
 
 
-def make_layout(model: Any, layers: str | Sequence[int], dtype: str = "bfloat16", sketch: str | None = None) -> Layout:
+def make_layout(
+    model: Any, layers: str | Sequence[int | str], dtype: str = "bfloat16", sketch: str | None = None
+) -> Layout:
     """The layout of a store for a model.
 
     Args:
-        layers: as in `SwiftHead.for_model`.
+        layers: as in `SwiftHead.for_model`, or a list of layers, or "all", and of other sources: ["all", "logits"].
         sketch: "random:64" or "pca:64", the number of dimensions an entry; None keeps entries whole.
     """
-    config = SwiftHead.for_model(model, layers).config
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    chosen = [layer for layer in wanted if layer not in FROM_LOGITS]
+    selections: list[Any] = [chosen[0] if chosen in (["all"], [HIDDEN_STATES]) else chosen] if chosen else []
+    selections += [source for source in FROM_LOGITS if source in wanted]
+    configs = [SwiftHead.for_model(model, selection).config for selection in selections]
+    if not configs:
+        raise StoreError("there is nothing to store: expected layers, logits or top_logprobs")
+    widths = tuple(width for config in configs for width in config.widths)
     return Layout(
-        config.features,
-        config.widths,
-        config.layers,
-        config.num_hidden_layers,
-        config.span,
+        tuple(config.features for config in configs),
+        widths,
+        configs[0].layers,
+        configs[0].num_hidden_layers if chosen else None,
+        configs[0].span,
         dtype,
-        None if sketch is None else _parse_sketch(sketch, min(config.widths)),
+        None if sketch is None else _parse_sketch(sketch, max(widths)),
     )
 
 
@@ -241,13 +260,37 @@ class Store:
 
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
         """The packed values, one `[tokens, width]` an entry, and `cu_seqlens` of the given responses."""
+        return self._read(indices, slice(0, len(self.widths)), device)
+
+    def part(self, entries: Sequence[int]) -> StorePart:
+        """Some of the entries: of the others as little is read as can be."""
+        return StorePart(self, tuple(entries))
+
+    def _read(self, indices: Tensor, entries: slice, device: torch.device | str) -> tuple[list[Tensor], Tensor]:
+        first = sum(self.widths[: entries.start])
+        widths = self.widths[entries]
         parts, lengths = [], []
         for index in indices.tolist():
             shard, start = self._rows[index]
-            parts.append(self._values[shard][start : start + self.lengths[index]])
+            parts.append(self._values[shard][start : start + self.lengths[index], first : first + sum(widths)])
             lengths.append(self.lengths[index])
         packed = torch.cat(parts).to(device)
-        return list(packed.split(self.widths, dim=1)), torch.tensor([0, *lengths]).cumsum(0)
+        return list(packed.split(widths, dim=1)), torch.tensor([0, *lengths]).cumsum(0)
+
+
+class StorePart:
+    """Some entries of a store, as `Store.batch` gives them all."""
+
+    def __init__(self, store: Store, entries: tuple[int, ...]) -> None:
+        self.widths = tuple(store.widths[entry] for entry in entries)
+        self.lengths = store.lengths
+        self._store, self._entries = store, entries
+        # Rows of a shard are mapped: what lies between the first and the last entry is read, the rest is not.
+        self._span = slice(min(entries), max(entries) + 1)
+
+    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
+        values, cu_seqlens = self._store._read(indices, self._span, device)
+        return [values[entry - self._span.start] for entry in self._entries], cu_seqlens
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from swift_kernels import features
 from swift_kernels.head import HeadConfig, SwiftHead
@@ -46,30 +45,35 @@ def responses_of(store: Store, items: Sequence[Rollout]) -> list[list[int]]:
 def make_head(
     store: Store, layers: str | Sequence[int] = "all", gate: bool = True, task: str | None = None
 ) -> SwiftHead:
-    """An untrained head that reads a store's entries as they are stored, all of them or some layers."""
+    """An untrained head that reads a store's entries as they are stored.
+
+    `layers` are as in `SwiftHead.for_model`; "all" means all that are stored, or the first source where none are.
+    """
     layout = store.layout
-    chosen = layout.layers
-    if layout.layers is None and layers not in ("all", layout.features):
-        raise StoreError(f"{store.path} holds {layout.features}, layers {layers} are asked for")
-    if layout.layers is not None and layers in features.FEATURE_SOURCES:
-        raise StoreError(f"{store.path} holds hidden states, {layers} are asked for: they need a store of their own")
-    if layout.layers is not None and layers != "all":
+    source = layers if isinstance(layers, str) and layers in features.FEATURE_SOURCES else features.HIDDEN_STATES
+    if layers == "all":
+        source = layout.features[0]
+    if source not in layout.features:
+        raise StoreError(f"{store.path} holds {' and '.join(layout.features)}, {source} is asked for: collect it anew")
+    chosen = layout.layers if source == features.HIDDEN_STATES else None
+    if chosen is not None and layers not in ("all", features.HIDDEN_STATES):
         assert layout.num_hidden_layers is not None
         chosen = features.resolve_layers(layers, layout.num_hidden_layers)
-        if missing := sorted(set(chosen).difference(layout.layers)):
-            raise StoreError(f"{store.path} holds layers {list(layout.layers)}, {missing} are asked for and not stored")
-    widths = tuple(store.widths[entry] for entry in _entries(store, chosen))
-    config = HeadConfig(
-        widths, layout.features, chosen, layout.num_hidden_layers, gate, layout.span, base_model=store.model, task=task
-    )
-    return SwiftHead(config)
+        if missing := sorted(set(chosen).difference(layout.layers or ())):
+            raise StoreError(
+                f"{store.path} holds layers {list(layout.layers or ())}, {missing} are asked for and not stored"
+            )
+    names = (source,) if chosen is None else chosen
+    widths = tuple(store.widths[layout.entries.index(name)] for name in names)
+    depth = None if chosen is None else layout.num_hidden_layers
+    return SwiftHead(HeadConfig(widths, source, chosen, depth, gate, layout.span, base_model=store.model, task=task))
 
 
 def unsketched(head: SwiftHead, store: Store) -> SwiftHead:
     """The head that reads the model's own entries, for one that reads the store's."""
     if store.sketch is None:
         return head
-    entries = _entries(store, head.config.layers)
+    entries = entries_of(store, head)
     sketch = Sketch(
         [store.sketch.projections[entry] for entry in entries], [store.sketch.means[entry] for entry in entries]
     )
@@ -85,20 +89,15 @@ def score_stored(
     store: Store, head: SwiftHead, items: Sequence[Rollout], on_progress: Callable[[int], None] | None = None
 ) -> list[list[float]]:
     """Scores of stored answers by a head that reads the store's entries, a list a problem."""
-    entries = _entries(store, head.config.layers)
+    part = store.part(entries_of(store, head))
     scores = []
     for responses in responses_of(store, items):
-        values, cu_seqlens = store.batch(torch.tensor(responses), head.weight.device)
-        chosen: list[Tensor] = [values[entry] for entry in entries]
-        scores.append(head(chosen, cu_seqlens).tolist())
+        scores.append(head(*part.batch(torch.tensor(responses), head.weight.device)).tolist())
         if on_progress is not None:
             on_progress(len(scores))
     return scores
 
 
-def _entries(store: Store, layers: Sequence[int] | None) -> list[int]:
-    """Where in the store these layers are."""
-    stored = store.layout.layers
-    if layers is None or stored is None:
-        return list(range(len(store.widths)))
-    return [stored.index(layer) for layer in layers]
+def entries_of(store: Store, head: SwiftHead) -> list[int]:
+    """Which of a store's entries a head reads."""
+    return [store.layout.entries.index(name) for name in head.config.layers or (head.config.features,)]

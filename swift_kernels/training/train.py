@@ -19,10 +19,12 @@ from swift_kernels.training import card
 from swift_kernels.training.activations import Activations, Group, collect
 from swift_kernels.training.fit import Epoch, Example, Fit, Recipe, check_learnable, fit_heads
 from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutFile, tokenized
+from swift_kernels.training.standardize import StoredFeatures
 from swift_kernels.training.store import Store
 from swift_kernels.training.stored import (
     check_same_answers,
     check_same_layout,
+    entries_of,
     make_head,
     responses_of,
     score_stored,
@@ -109,7 +111,7 @@ def train_head(
     check_learnable([candidate.correct for item in items for candidate in item.candidates])
     head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task, top_logprobs=top_logprobs)
     activations, examples = _collect(model, head, items, progress)
-    result, validation = _fit(head, activations, examples, items, recipe, None, checkpoint, progress, note)
+    result, validation = _fit(head, activations, examples, items, recipe, checkpoint, progress, note)
     tested = None
     if test is not None:
         test_items = tokenized(test.rollouts, tokenizer)
@@ -155,7 +157,8 @@ def train_stored_head(
         for item, responses in zip(items, responses_of(store, items), strict=True)
         for candidate, response in zip(item.candidates, responses, strict=True)
     ]
-    result, validation = _fit(head, store, examples, items, recipe, store.layout.layers, checkpoint, progress, note)
+    activations = store.part(entries_of(store, head))
+    result, validation = _fit(head, activations, examples, items, recipe, checkpoint, progress, note)
     tested = None
     if test is not None and test_store is not None:
         with progress("test", len(test.rollouts)) as update:
@@ -170,19 +173,15 @@ def train_stored_head(
 
 def _fit(
     head: SwiftHead,
-    activations: Activations | Store,
+    activations: StoredFeatures,
     examples: Sequence[Example],
     items: Sequence[Rollout],
     recipe: Recipe,
-    layers: Sequence[int] | None,
     checkpoint: Path | None,
     progress: Progress,
     note: Callable[[str], None],
 ) -> tuple[Fit, Evaluation]:
-    """Fits the head to the answers that have a scored token, and evaluates it on the problems held back.
-
-    `layers` are those of the stored entries, where the head may read some of them alone.
-    """
+    """Fits the head to the answers that have a scored token, and evaluates it on the problems held back."""
     learnable = [example for example in examples if activations.lengths[example.response]]
     if len(learnable) < len(examples):
         note(f"{len(examples) - len(learnable)} of {len(examples)} answers have no scored token and were left out")
@@ -191,12 +190,8 @@ def _fit(
         def tell(_head: int, epoch: Epoch, best: Epoch) -> None:
             update(epoch.number, f"{epoch.held_out}, best so far epoch {best.number}")
 
-        [result] = fit_heads(
-            [head], activations, learnable, [recipe], layers=layers, on_epoch=tell, checkpoint=checkpoint
-        )
-    own = head.config.layers
-    entries = None if layers is None or own is None else [list(layers).index(layer) for layer in own]
-    return result, _evaluate_activations(head, activations, entries, examples, items, result.validation_keys)
+        [result] = fit_heads([head], activations, learnable, [recipe], on_epoch=tell, checkpoint=checkpoint)
+    return result, _evaluate_activations(head, activations, examples, items, result.validation_keys)
 
 
 def _data(
@@ -284,13 +279,11 @@ def _collect(
 @torch.no_grad()
 def _evaluate_activations(
     head: SwiftHead,
-    activations: Activations | Store,
-    entries: Sequence[int] | None,
+    activations: StoredFeatures,
     examples: Sequence[Example],
     items: Sequence[Rollout],
     keys: set[str],
 ) -> Evaluation:
-    """By a head that reads these of the stored entries, or all."""
     remaining = iter(examples)
     scores, chosen = [], []
     for item in items:
@@ -298,9 +291,7 @@ def _evaluate_activations(
         if item.key in keys:
             chosen.append(item)
             responses = torch.tensor([example.response for example in own])
-            values, cu_seqlens = activations.batch(responses, head.weight.device)
-            read = values if entries is None else [values[entry] for entry in entries]
-            scores.append(head(read, cu_seqlens).tolist())
+            scores.append(head(*activations.batch(responses, head.weight.device)).tolist())
     return evaluate(chosen, scores)
 
 

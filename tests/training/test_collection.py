@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -35,6 +36,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "top_logprobs": {"layers": "top_logprobs", "dtype": "float32"},
     "random sketch": {"layers": "all", "dtype": "float32", "sketch": "random:4"},
     "pca": {"layers": "all", "dtype": "float32", "sketch": "pca:4"},
+    "all sources": {"layers": ["all", "logits", "top_logprobs"], "dtype": "float32"},
+    "all sources, pca": {"layers": [1, "top_logprobs", "logits"], "dtype": "float32", "sketch": "pca:30"},
 }
 
 
@@ -75,18 +78,21 @@ def test_the_store_holds_what_a_second_pass_computes(model: Any, tokenizer: Any,
     assert [rollout.id for rollout in rollouts] == [problem.id for problem in job.problems]
     for rollout in rollouts:
         answers = [candidate.token_ids for candidate in rollout.candidates]
-        config = collection.head_config(store.layout)
         expected: dict[int, torch.Tensor] = {}
 
-        def keep(rows: torch.Tensor, k: int, entry: torch.Tensor, expected: Any = expected) -> None:
-            kept = entry if store.sketch is None else store.sketch.apply(k, entry)
-            expected.setdefault(k, torch.zeros(200, kept.shape[1]))[rows] = kept
+        def keep(first: int, rows: torch.Tensor, k: int, entry: torch.Tensor, expected: Any = expected) -> None:
+            kept = entry if store.sketch is None else store.sketch.apply(first + k, entry)
+            expected.setdefault(first + k, torch.zeros(200, kept.shape[1]))[rows] = kept
 
-        cu_seqlens = forward_responses(model, config, rollout.prompt_token_ids, answers, keep)
+        for source in store.layout.features:
+            config, entries = collection.source_config(store.layout, source)
+            put = functools.partial(keep, entries.start)
+            cu_seqlens = forward_responses(model, config, rollout.prompt_token_ids, answers, put)
         values, stored_lengths = store.batch(torch.tensor(store.responses(rollout.id, answers)))
         assert stored_lengths.tolist() == cu_seqlens.tolist()
         # A step and a pass over the whole answer differ by float32's rounding; bfloat16 stores 8 bits.
         tolerance = 1e-2 if store.layout.dtype == "bfloat16" else 1e-4
+        assert len(values) == len(expected)
         for k, entry in enumerate(values):
             torch.testing.assert_close(
                 entry.float(), expected[k][: int(cu_seqlens[-1])], rtol=tolerance, atol=tolerance

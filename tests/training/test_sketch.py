@@ -70,10 +70,18 @@ def test_a_sketch_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert all(map(torch.equal, read.projections + read.means, sketch.projections + sketch.means))
 
 
-@pytest.mark.parametrize("dimensions", [0, 6], ids=["none", "more than an entry has"])
-def test_bad_dimensions_are_refused(dimensions: int) -> None:
-    with pytest.raises(ValueError, match=rf"sketch has {dimensions} dimensions: expected 1\.\.5"):
+@pytest.mark.parametrize("above", [None, 1], ids=["none", "more than any entry has"])
+def test_bad_dimensions_are_refused(above: int | None) -> None:
+    dimensions = 0 if above is None else max(WIDTHS) + above
+    with pytest.raises(ValueError, match=rf"sketch has {dimensions} dimensions: expected 1\.\.{max(WIDTHS)}"):
         random_sketch(WIDTHS, dimensions)
+
+
+@pytest.mark.parametrize("sketch", [random_sketch(WIDTHS, max(WIDTHS)), pca_sketch(pilot(), max(WIDTHS))])
+def test_an_entry_no_wider_than_the_sketch_is_kept_as_it_is(sketch: Sketch) -> None:
+    assert sketch.widths == WIDTHS
+    for k, entry in enumerate(pilot()):
+        assert torch.equal(sketch.apply(k, entry), entry)
 
 
 def test_a_pilot_too_small_is_refused() -> None:

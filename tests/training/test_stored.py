@@ -30,6 +30,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "top_logprobs": {"layers": "top_logprobs", "dtype": "float32"},
 }
 CASES = {f"{name}, all": (layout, "all") for name, layout in LAYOUTS.items()}
+ALL_SOURCES = {"layers": ["all", "logits", "top_logprobs"], "dtype": "float32"}
+CASES |= {
+    f"{name} of all sources": (ALL_SOURCES, layers)
+    for name, layers in {"layers": "all", "two layers": [0, -1], "logits": "logits", "top": "top_logprobs"}.items()
+}
 CASES |= {f"{name}, two layers": (layout, [0, -1]) for name, layout in LAYOUTS.items() if layout["layers"] == "all"}
 
 
