@@ -54,7 +54,7 @@ def make_head(
     if layers == "all":
         source = layout.features[0]
     if source not in layout.features:
-        raise StoreError(f"{store.path} holds {' and '.join(layout.features)}, {source} is asked for: collect it anew")
+        raise StoreError(f"{store.path} holds {' and '.join(layout.features)}, {source} is asked for: collect it with --store-layers")
     chosen = layout.layers if source == features.HIDDEN_STATES else None
     if chosen is not None and layers not in ("all", features.HIDDEN_STATES):
         assert layout.num_hidden_layers is not None
