@@ -31,7 +31,7 @@ from swift_kernels.head import SwiftHead
 from swift_kernels.training.sketch import METHODS, Sketch
 
 FORMAT = "swift_kernels.activations"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_NAME, SKETCH_NAME = "store.json", "sketch.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
