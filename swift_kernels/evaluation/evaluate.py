@@ -1,4 +1,4 @@
-"""Best-of-N on stored rollouts: SWIFT's pick against random pick, majority vote and the oracle."""
+"""Best-of-N on stored rollouts: SWIFT's pick against what needs no head, and the oracle."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from swift_kernels.evaluation.metrics import Estimate, best_of_k, estimate, pass_at_k, vote_at_k, within_problem_auc
+from swift_kernels.evaluation.compare import Scores, compare
+from swift_kernels.evaluation.metrics import Difference, Estimate, estimate
 from swift_kernels.training.rollouts import Rollout
-
-SELECTORS = ("random", "vote", "swift", "oracle")
 
 
 @dataclass(frozen=True)
@@ -18,20 +17,22 @@ class Evaluation:
     """What each selector wins.
 
     Attributes:
-        accuracy: for each n, each selector's accuracy.
-        differences: at the largest n, "swift - random" and "swift - vote", paired by problem.
+        accuracy: for each n, the accuracy of each selector that the rollouts allow.
+        differences: at the largest n, "swift - random", "swift - vote", ..., paired by problem; the oracle has none.
         auc: within-problem AUC, over the problems that have right and wrong candidates.
         problems, mixed_problems: how many there are, and how many have right and wrong candidates.
         candidates, unscored: how many there are, and how many have no score.
+        notes: which selectors are left out, and why.
     """
 
     accuracy: dict[int, dict[str, Estimate]]
-    differences: dict[str, Estimate]
+    differences: dict[str, Difference]
     auc: Estimate
     problems: int
     mixed_problems: int
     candidates: int
     unscored: int
+    notes: list[str]
 
     @property
     def n(self) -> int:
@@ -76,46 +77,24 @@ def score_rollouts(
     return scores
 
 
-def evaluate(
-    rollouts: Sequence[Rollout], scores: Sequence[Sequence[float]], ns: Sequence[int] | None = None
-) -> Evaluation:
+def evaluate(rollouts: Sequence[Rollout], scores: Scores, ns: Sequence[int] | None = None) -> Evaluation:
     """Evaluates every selector at each n of `ns` (by default 1, 2, 4, ... and the number of candidates)."""
-    fewest = min(rollouts, key=lambda rollout: len(rollout.candidates))
-    most = len(fewest.candidates)
-    ns = default_ns(most) if ns is None else sorted(set(ns))
-    if ns[0] < 1 or ns[-1] > most:
-        wrong = ns[0] if ns[0] < 1 else ns[-1]
-        raise ValueError(f"n is {wrong}: expected 1..{most}, problem {fewest.id!r} has {most} candidates")
-    correct = [[candidate.correct for candidate in rollout.candidates] for rollout in rollouts]
-    answers = [[candidate.answer for candidate in rollout.candidates] for rollout in rollouts]
-    values = {
-        n: {
-            "random": [best_of_k([0.0] * len(c), c, n) for c in correct],
-            "vote": [vote_at_k(a, c, n) for a, c in zip(answers, correct, strict=True)],
-            "swift": [best_of_k(s, c, n) for s, c in zip(scores, correct, strict=True)],
-            "oracle": [pass_at_k(c, n) for c in correct],
-        }
-        for n in ns
-    }
-    last = values[ns[-1]]
-    aucs = [within_problem_auc(s, c) for s, c in zip(scores, correct, strict=True)]
+    compared = compare(rollouts, {"swift": scores}, ns)
+    aucs = compared.aucs("swift")
     return Evaluation(
-        accuracy={n: {name: estimate(values[n][name]) for name in SELECTORS} for n in ns},
+        accuracy={n: {name: compared.accuracy(name, n) for name in compared.selectors} for n in compared.values},
         differences={
-            f"swift - {other}": estimate([a - b for a, b in zip(last["swift"], last[other], strict=True)])
-            for other in ("random", "vote")
+            f"swift - {other}": compared.difference("swift", other)
+            for other in compared.selectors
+            if other not in ("swift", "oracle")
         },
         auc=estimate(aucs),
         problems=len(rollouts),
         mixed_problems=sum(not math.isnan(auc) for auc in aucs),
-        candidates=sum(map(len, correct)),
+        candidates=sum(map(len, compared.correct)),
         unscored=sum(math.isnan(score) for row in scores for score in row),
+        notes=compared.notes,
     )
-
-
-def default_ns(most: int) -> list[int]:
-    """1, 2, 4, ... up to and with `most`."""
-    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
 
 
 def _without_nan(value: Any) -> Any:

@@ -18,6 +18,7 @@ from swift_kernels.selection.pick import majority_indices
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+FLIPS = 10_000
 SUBSETS = 512
 """Subsets a vote is counted over; where there are more, this many are drawn with a fixed seed."""
 
@@ -29,6 +30,13 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean paired difference; `p` is that of `sign_flip_p`."""
+
+    p: float
 
 
 def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
@@ -104,6 +112,36 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Estimate(float(sample.mean()), float(low), float(high))
+
+
+def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Difference:
+    """Of `first - second`, paired by problem; pairs that hold a NaN are left out."""
+    values = [a - b for a, b in zip(first, second, strict=True)]
+    found = estimate(values, seed)
+    return Difference(found.mean, found.low, found.high, sign_flip_p(values, seed=seed))
+
+
+def sign_flip_p(differences: Sequence[float], flips: int = FLIPS, seed: int = 0) -> float:
+    """Two-sided p-value of paired differences being symmetric about zero, by a sign-flip permutation test.
+
+    Were the two sides alike, each problem's difference would be as likely with the other sign. Of `flips` random
+    choices of all signs, k have a mean at least as far from zero as the one observed, and p is (k + 1) / (flips + 1):
+    never 0, and 1 where nothing differs. NaN values are left out; without any other p is NaN.
+    """
+    sample = np.asarray(differences, dtype=float)
+    sample = sample[~np.isnan(sample)]
+    if not len(sample):
+        return math.nan
+    # Means that are equal but for rounding count as equally far.
+    observed = abs(sample.mean()) - 1e-12
+    generator = np.random.default_rng(seed)
+    as_far = 0
+    chunk = max(1, 10_000_000 // len(sample))
+    for start in range(0, flips, chunk):
+        size = min(chunk, flips - start)
+        signs = 2.0 * generator.integers(2, size=(size, len(sample)), dtype=np.int8) - 1.0
+        as_far += int(np.count_nonzero(np.abs(signs @ sample) / len(sample) >= observed))
+    return (as_far + 1) / (flips + 1)
 
 
 def _check(n: int, others: int, k: int) -> None:

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 
 from swift_kernels.evaluation import metrics
-from swift_kernels.evaluation.evaluate import default_ns, evaluate
-from swift_kernels.training.rollouts import Response, Rollout
 
 NAN = float("nan")
 
@@ -102,46 +100,36 @@ def test_estimate_leaves_out_nan_and_survives_nothing() -> None:
     assert metrics.estimate([0.25] * 9) == metrics.Estimate(0.25, 0.25, 0.25)
 
 
-def make_rollout(identity: str, correct: list[bool]) -> Rollout:
-    candidates = [
-        Response([5, 6], "text", True, right, "1" if right else str(i + 2)) for i, right in enumerate(correct)
-    ]
-    return Rollout(identity, identity, "prompt", "1", [3, 4], candidates)
+def test_flipping_signs_counts_flips_that_are_as_far_from_zero() -> None:
+    # All four choices of signs are as likely; two of them reach the mean of two equal differences.
+    p = metrics.sign_flip_p([0.5, 0.5, NAN], flips=10_000)
+    # Five standard errors of a share over that many flips.
+    assert abs(p - 0.5) < 5 * math.sqrt(0.25 / 10_000)
+    assert p == metrics.sign_flip_p([-0.5, -0.5])
 
 
-def test_evaluate_compares_selectors_by_problem() -> None:
-    rollouts = [
-        make_rollout("a", [True, False, False, False]),
-        make_rollout("b", [False, True, True, False]),
-        make_rollout("c", [False] * 4),
-    ]
-    perfect = [[float(candidate.correct) for candidate in rollout.candidates] for rollout in rollouts]
-    result = evaluate(rollouts, perfect)
-    assert list(result.accuracy) == [1, 2, 4]
-    at_4 = {name: value.mean for name, value in result.accuracy[4].items()}
-    # Four different answers tie in problem a; the two equal ones win in b.
-    assert at_4 == pytest.approx({"random": 3 / 12, "vote": (1 / 4 + 1) / 3, "swift": 2 / 3, "oracle": 2 / 3})
-    assert result.accuracy[1]["swift"].mean == pytest.approx(3 / 12)
-    assert result.differences["swift - vote"].mean == pytest.approx((3 / 4) / 3)
-    assert result.auc.mean == 1.0
-    assert (result.problems, result.mixed_problems, result.candidates, result.unscored) == (3, 2, 12, 0)
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [([0.0] * 8, 1.0), ([1e-17, -1e-16, 1e-16], 1.0), ([0.1, -0.1], 1.0), ([0.25] * 40, 1 / 10_001)],
+    ids=["none", "rounding", "balanced", "clear"],
+)
+def test_p_at_its_ends(differences: list[float], expected: float) -> None:
+    assert metrics.sign_flip_p(differences) == expected
 
 
-@pytest.mark.parametrize("ns", [[0], [8], [1, 5]], ids=["zero", "too-many", "one-too-many"])
-def test_evaluate_refuses_impossible_n(ns: list[int]) -> None:
-    rollouts = [make_rollout("a", [True] * 9), make_rollout("short", [False] * 4)]
-    with pytest.raises(ValueError, match=r"expected 1\.\.4, problem 'short' has 4"):
-        evaluate(rollouts, [[0.0] * 9, [0.0] * 4], ns)
+def test_p_is_uniform_where_nothing_differs() -> None:
+    generator = np.random.default_rng(2)
+    simulations, flips = 200, 199
+    found = np.sort([metrics.sign_flip_p(generator.normal(size=30), flips, seed) for seed in range(simulations)])
+    ranks = np.arange(simulations)
+    distance = max((found - ranks / simulations).max(), ((ranks + 1) / simulations - found).max())
+    # Kolmogorov-Smirnov: passed by chance once in a thousand; p comes in steps of 1 / (flips + 1).
+    assert distance < 1.95 / math.sqrt(simulations) + 1 / (flips + 1)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
-def test_default_ns(most: int, expected: list[int]) -> None:
-    assert default_ns(most) == expected
-
-
-def test_facts_are_json() -> None:
-    result = evaluate([make_rollout("a", [True, True])], [[NAN, NAN]])
-    facts = result.to_dict()
-    assert facts["auc"] == {"mean": None, "low": None, "high": None}
-    assert facts["unscored"] == 2
-    assert facts["accuracy"][2]["swift"]["mean"] == 0.0
+def test_difference_is_paired() -> None:
+    found = metrics.difference([1.0, 0.5, NAN, 1.0], [0.5, 0.0, 1.0, 0.5])
+    assert found == metrics.Difference(0.5, 0.5, 0.5, metrics.sign_flip_p([0.5] * 3))
+    with pytest.raises(ValueError, match="zip"):
+        metrics.difference([1.0], [0.5, 0.0])
+    assert math.isnan(metrics.difference([NAN], [1.0]).p)
