@@ -286,9 +286,10 @@ class TestTrainAndEvaluate:
         assert list(facts["accuracy"]) == ["1", "4"]
         assert facts["accuracy"]["4"]["random"]["mean"] == pytest.approx(0.5)
         assert facts["accuracy"]["4"]["swift"]["mean"] > 0.9
+        assert facts["differences"]["swift - random"]["p"] < 0.05
         code, out, _ = run(capsys, "eval", rollouts, "--model", model_folder, "--head", head)
         assert code == 0
-        for part in ("SWIFT", "majority vote", "oracle", "Within-problem AUC", "paired"):
+        for part in ("SWIFT", "majority vote", "self-certainty", "oracle", "Within-problem AUC", "paired", "sign-flip"):
             assert part in out
         assert max(map(len, out.splitlines())) <= 100
 
@@ -542,7 +543,7 @@ class TestDemo:
         args = ["demo", "--model", model_folder, "--head", head_folder, "--problems", "3", "--n", "4"]
         code, out, _ = run(capsys, *args)
         assert code == 0
-        for part in ("picked by", "gate", "reward", "majority vote", "oracle", "tokens/s", "bytes"):
+        for part in ("picked by", "gate", "reward", "majority vote", "oracle", "sign-flip", "tokens/s", "bytes"):
             assert part in out
         assert max(map(len, out.splitlines())) <= 100
         assert "\x1b" not in out

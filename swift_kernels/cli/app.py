@@ -219,7 +219,7 @@ def evaluate_(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Compare SWIFT's pick with random pick, majority vote and the oracle."""
+    """Compare SWIFT's pick with random pick, majority vote, the shortest or surest answer, and the oracle."""
     from swift_kernels.cli import render
     from swift_kernels.evaluation.evaluate import evaluate, score_rollouts
     from swift_kernels.training.rollouts import read, tokenized

@@ -221,7 +221,8 @@ def parts(result: DemoResult) -> list[RenderableType]:
         _trace_table(result.shown),
         Text(),
         Text(f"{result.evaluation.problems} sums the head was not trained on, one of {n} answers picked", "bold"),
-        _selector_table(result.evaluation),
+        render.evaluation_table(result.evaluation),
+        Text(render.evaluation_lines(result.evaluation)),
         Text(),
         Text.assemble(
             ("Speed   ", "bold"),
@@ -313,24 +314,6 @@ def _trace_table(shown: Shown) -> Table:
         ("reward", [f"{reward:+.1f}" for reward in trace[:, 1].tolist()]),
     ):
         table.add_row(name, *values)
-    return table
-
-
-def _selector_table(evaluation: Evaluation) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    table.add_column("pick by")
-    table.add_column("right", justify="right")
-    table.add_column("95% interval over problems", justify="right")
-    table.add_column("SWIFT is ahead by (paired)", justify="right")
-    for key, name in render.SELECTOR_NAMES.items():
-        value = evaluation.accuracy[evaluation.n][key]
-        ahead = evaluation.differences.get(f"swift - {key}")
-        table.add_row(
-            Text(name, "bold" if key == "swift" else ""),
-            f"{100 * value.mean:.1f}%",
-            f"{100 * value.low:.1f} to {100 * value.high:.1f}",
-            "" if ahead is None else render.points(ahead),
-        )
     return table
 
 

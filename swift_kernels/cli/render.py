@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from swift_kernels.evaluation.compare import SELECTOR_NAMES
 from swift_kernels.evaluation.evaluate import Evaluation
 from swift_kernels.evaluation.metrics import Estimate
 from swift_kernels.progress import Update
@@ -21,7 +23,8 @@ PIPE_WIDTH = 100
 LOG_INTERVAL = 30.0
 """Seconds between lines of progress where stderr is no terminal."""
 
-SELECTOR_NAMES = {"random": "random pick", "vote": "majority vote", "swift": "SWIFT", "oracle": "oracle (pass@N)"}
+SHOWN_NS = 5
+"""Columns of N that fit beside the comparison; of more, some in the middle are left to `--json`."""
 
 
 def stdout() -> Console:
@@ -87,33 +90,43 @@ def progress(description: str, total: int, quiet: bool = False) -> Iterator[Upda
 
 
 def percent(estimate: Estimate) -> str:
-    if math.isnan(estimate.mean):
-        return "-"
-    return f"{100 * estimate.mean:.1f}% ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
+    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
 
 
 def points(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
 
 
-def evaluation_table(evaluation: Evaluation, title: str) -> Table:
-    """Accuracy of each selector at each n."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("N", justify="right")
-    for name in SELECTOR_NAMES.values():
-        table.add_column(name, justify="right", no_wrap=True)
-    for n, row in evaluation.accuracy.items():
-        table.add_row(str(n), *(percent(row[name]) for name in SELECTOR_NAMES))
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def evaluation_table(evaluation: Evaluation, title: str | None = None) -> Table:
+    """A selector a line: its accuracy at each N, and at the largest how far SWIFT is ahead of it."""
+    *smaller, largest = _shown_ns(list(evaluation.accuracy))
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("picked by", no_wrap=True)
+    for n in (*smaller, largest):
+        table.add_column(f"N={n}", justify="right", no_wrap=True)
+    table.add_column("SWIFT is ahead, paired", justify="right", no_wrap=True)
+    table.add_column("p", justify="right", no_wrap=True)
+    for key, name in SELECTOR_NAMES.items():
+        if key not in evaluation.accuracy[largest]:
+            continue
+        ahead = evaluation.differences.get(f"swift - {key}")
+        table.add_row(
+            Text(name, "bold" if key == "swift" else ""),
+            *(f"{100 * evaluation.accuracy[n][key].mean:.1f}" for n in smaller),
+            percent(evaluation.accuracy[largest][key]),
+            *(() if ahead is None else (points(ahead), p_value(ahead.p))),
+        )
     return table
 
 
 def evaluation_lines(evaluation: Evaluation) -> str:
-    """What goes below the table: paired differences, AUC, counts, and how to read the figures."""
+    """What goes below the table: AUC, counts, what is left out, and how to read the figures."""
     auc = evaluation.auc
-    lines = [
-        f"SWIFT against {name} at N={evaluation.n}, paired: {points(evaluation.differences[f'swift - {key}'])} points"
-        for key, name in (("random", "random pick"), ("vote", "majority vote"))
-    ]
+    lines = []
     if not math.isnan(auc.mean):
         lines.append(
             f"Within-problem AUC {auc.mean:.3f} ({auc.low:.3f}-{auc.high:.3f}), over the "
@@ -121,8 +134,20 @@ def evaluation_lines(evaluation: Evaluation) -> str:
         )
     if evaluation.unscored:
         lines.append(f"{evaluation.unscored} of {evaluation.candidates} answers have no scored token; never chosen")
-    lines.append("In brackets 95% intervals, bootstrapped over problems; ties count in expectation")
+    lines += evaluation.notes
+    if len(evaluation.accuracy) > SHOWN_NS:
+        lines.append(f"{SHOWN_NS} of {len(evaluation.accuracy)} N are shown; --json has all")
+    lines += [
+        "Percent right; in brackets 95% intervals, bootstrapped over problems; ties count in expectation",
+        "p: two-sided sign-flip test over problems, not corrected for making several comparisons",
+    ]
     return "\n".join(lines)
+
+
+def _shown_ns(ns: list[int]) -> list[int]:
+    if len(ns) <= SHOWN_NS:
+        return ns
+    return [ns[round(place * (len(ns) - 1) / (SHOWN_NS - 1))] for place in range(SHOWN_NS)]
 
 
 def number(value: float) -> float | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from swift_kernels.evaluation.compare import SELECTOR_NAMES
 from swift_kernels.evaluation.evaluate import Evaluation
-from swift_kernels.evaluation.metrics import Estimate
+from swift_kernels.evaluation.metrics import Difference, Estimate
 from swift_kernels.features import HIDDEN_STATES
 from swift_kernels.head import HeadConfig
 from swift_kernels.training.fit import Fit, Recipe
@@ -18,7 +19,6 @@ _LOSSES = {
     "infonca": "InfoNCA",
     "nca": "NCA",
 }
-_SELECTORS = {"random": "random pick", "vote": "majority vote", "swift": "**SWIFT**", "oracle": "oracle"}
 
 
 def model_card(
@@ -135,20 +135,28 @@ def _recipe(recipe: Recipe, fit: Fit) -> str:
 
 
 def _results(evaluation: Evaluation) -> list[str]:
-    lines = ["| N | " + " | ".join(_SELECTORS.values()) + " |", "|---:|" + "---:|" * len(_SELECTORS)]
-    for n, row in evaluation.accuracy.items():
-        lines.append(f"| {n} | " + " | ".join(_percent(row[name]) for name in _SELECTORS) + " |")
-    lines += [
+    ns = list(evaluation.accuracy)
+    heads = ["picked by", *(f"N = {n}" for n in ns), "SWIFT is ahead by", "p"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    for key, name in SELECTOR_NAMES.items():
+        if key in evaluation.accuracy[evaluation.n]:
+            ahead = evaluation.differences.get(f"swift - {key}")
+            cells = [
+                f"**{name}**" if key == "swift" else name,
+                *(_percent(evaluation.accuracy[n][key]) for n in ns),
+                *(("", "") if ahead is None else _points(ahead)),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return [
+        *lines,
         "",
-        "Accuracy of the picked answer; in brackets 95% intervals, bootstrapped over problems.",
-        "",
-        f"Paired by problem at N = {evaluation.n}, SWIFT's pick is right more often than "
-        f"random pick by {_points(evaluation.differences['swift - random'])} points and than "
-        f"majority vote by {_points(evaluation.differences['swift - vote'])} points. "
-        f"Within-problem AUC {evaluation.auc.mean:.3f} ({evaluation.auc.low:.3f}-{evaluation.auc.high:.3f}) over the "
+        "Percent of picks that are right; in brackets 95% intervals, bootstrapped over problems; ties count in "
+        f"expectation. How many points SWIFT is ahead is at N = {evaluation.n} and paired by problem; p is that of a "
+        "two-sided sign-flip test over problems, not corrected for making several comparisons. "
+        + "".join(f"{note}. " for note in evaluation.notes)
+        + f"Within-problem AUC {evaluation.auc.mean:.3f} ({evaluation.auc.low:.3f}-{evaluation.auc.high:.3f}) over the "
         f"{evaluation.mixed_problems} problems with right and wrong answers.",
     ]
-    return lines
 
 
 def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[str]:
@@ -247,5 +255,6 @@ def _percent(estimate: Estimate) -> str:
     return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
 
 
-def _points(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+def _points(difference: Difference) -> tuple[str, str]:
+    p = "< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
+    return f"{100 * difference.mean:.1f} ({100 * difference.low:.1f} to {100 * difference.high:.1f})", p

@@ -73,7 +73,9 @@ def test_trains_tests_and_writes_a_head_with_its_card(
         "48 answers to 12 problems",
         "50.0% of them right",
         "On 6 problems it never saw",
-        "| 4 | 50.0",
+        "| picked by | N = 1 | N = 2 | N = 4 | SWIFT is ahead by | p |",
+        "| random pick | 50.0 (50.0-50.0) | 50.0 (50.0-50.0) | 50.0 (50.0-50.0) | 50.0 (50.0 to 50.0) | 0.0",
+        "No per-token confidence in these rollouts",
         "--problems 6 --n 4",
     ):
         assert part in card
