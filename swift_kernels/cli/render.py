@@ -101,10 +101,14 @@ def p_value(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def plain_table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+
+
 def evaluation_table(evaluation: Evaluation, title: str | None = None) -> Table:
     """A selector a line: its accuracy at each N, and at the largest how far SWIFT is ahead of it."""
-    *smaller, largest = _shown_ns(list(evaluation.accuracy))
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    *smaller, largest = shown_ns(list(evaluation.accuracy))
+    table = plain_table(title)
     table.add_column("picked by", no_wrap=True)
     for n in (*smaller, largest):
         table.add_column(f"N={n}", justify="right", no_wrap=True)
@@ -144,7 +148,8 @@ def evaluation_lines(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _shown_ns(ns: list[int]) -> list[int]:
+def shown_ns(ns: list[int]) -> list[int]:
+    """As many as a table has columns for, the first and the last among them."""
     if len(ns) <= SHOWN_NS:
         return ns
     return [ns[round(place * (len(ns) - 1) / (SHOWN_NS - 1))] for place in range(SHOWN_NS)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from swift_kernels.evaluation import metrics
 from swift_kernels.evaluation.compare import Scores, compare
 from swift_kernels.evaluation.metrics import Difference, Estimate, estimate
 from swift_kernels.training.rollouts import Rollout
@@ -40,7 +41,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: an estimate over no problem is null."""
-        return _without_nan(asdict(self))
+        return metrics.without_nan(asdict(self))
 
 
 def score_rollouts(
@@ -95,9 +96,3 @@ def evaluate(rollouts: Sequence[Rollout], scores: Scores, ns: Sequence[int] | No
         unscored=sum(math.isnan(score) for row in scores for score in row),
         notes=compared.notes,
     )
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -88,13 +89,14 @@ def within_problem_auc(scores: Sequence[float], correct: Sequence[bool]) -> floa
 
     A candidate without a score counts as the worst.
     """
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    if len(set(correct)) < 2:
+    right, wrong = sum(correct), len(correct) - sum(correct)
+    if not right or not wrong:
         return math.nan
-    finite = [score for score in scores if not math.isnan(score)]
-    floor = min(finite, default=0.0) - 1.0
-    return float(roc_auc_score(correct, [floor if math.isnan(score) else score for score in scores]))
+    ranks = rankdata(np.nan_to_num(np.asarray(scores, dtype=float), nan=-np.inf))
+    # The rank sum of Mann and Whitney; ties have the mean of their ranks.
+    return float((ranks[np.asarray(correct, dtype=bool)].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
 def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
@@ -109,9 +111,34 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     for start in range(0, RESAMPLES, chunk):
         size = min(chunk, RESAMPLES - start)
         means[start : start + size] = sample[generator.integers(len(sample), size=(size, len(sample)))].mean(axis=1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(sample.mean()), float(low), float(high))
+    return Estimate(float(sample.mean()), *_interval(means))
+
+
+def estimate_runs(runs: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
+    """Mean over runs and problems, and its interval from resampling both: `runs` holds each run's per-problem values.
+
+    One run gives the interval of `estimate`. Problems without a value, NaN, have none in any run.
+    """
+    sample = np.asarray(runs, dtype=float)
+    sample = sample[:, ~np.isnan(sample).any(axis=0)]
+    if len(sample) == 1 or not sample.shape[1]:
+        return estimate(sample[0], seed)
+    generator = np.random.default_rng(seed)
+    runs_drawn = generator.multinomial(len(sample), [1 / len(sample)] * len(sample), size=RESAMPLES) / len(sample)
+    means = np.empty(RESAMPLES)
+    chunk = max(1, 10_000_000 // sample.size)
+    for start in range(0, RESAMPLES, chunk):
+        stop = min(start + chunk, RESAMPLES)
+        problems = generator.integers(sample.shape[1], size=(stop - start, sample.shape[1]))
+        means[start:stop] = (sample[:, problems].mean(axis=2).T * runs_drawn[start:stop]).sum(axis=1)
+    return Estimate(float(sample.mean()), *_interval(means))
+
+
+def difference_runs(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0) -> Difference:
+    """Of `first - second`, paired by run and problem; the p-value is that of the problems' means over runs."""
+    values = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    found = estimate_runs(values.tolist(), seed)
+    return Difference(found.mean, found.low, found.high, sign_flip_p(values.mean(axis=0).tolist(), seed=seed))
 
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Difference:
@@ -142,6 +169,21 @@ def sign_flip_p(differences: Sequence[float], flips: int = FLIPS, seed: int = 0)
         signs = 2.0 * generator.integers(2, size=(size, len(sample)), dtype=np.int8) - 1.0
         as_far += int(np.count_nonzero(np.abs(signs @ sample) / len(sample) >= observed))
     return (as_far + 1) / (flips + 1)
+
+
+def without_nan(value: Any) -> Any:
+    """For JSON, which has no NaN: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _check(n: int, others: int, k: int) -> None:

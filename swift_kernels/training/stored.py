@@ -54,7 +54,9 @@ def make_head(
     if layers == "all":
         source = layout.features[0]
     if source not in layout.features:
-        raise StoreError(f"{store.path} holds {' and '.join(layout.features)}, {source} is asked for: collect it with --store-layers")
+        raise StoreError(
+            f"{store.path} holds {' and '.join(layout.features)}, {source} is asked for: collect it with --store-layers"
+        )
     chosen = layout.layers if source == features.HIDDEN_STATES else None
     if chosen is not None and layers not in ("all", features.HIDDEN_STATES):
         assert layout.num_hidden_layers is not None
@@ -84,17 +86,31 @@ def unsketched(head: SwiftHead, store: Store) -> SwiftHead:
     return full
 
 
-@torch.no_grad()
 def score_stored(
     store: Store, head: SwiftHead, items: Sequence[Rollout], on_progress: Callable[[int], None] | None = None
 ) -> list[list[float]]:
     """Scores of stored answers by a head that reads the store's entries, a list a problem."""
-    part = store.part(entries_of(store, head))
-    scores = []
-    for responses in responses_of(store, items):
-        scores.append(head(*part.batch(torch.tensor(responses), head.weight.device)).tolist())
+    return score_stored_heads(store, [head], items, on_progress)[0]
+
+
+@torch.no_grad()
+def score_stored_heads(
+    store: Store,
+    heads: Sequence[SwiftHead],
+    items: Sequence[Rollout],
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[list[float]]]:
+    """As `score_stored`, for heads of one device that share every read of the store."""
+    entries = [entries_of(store, head) for head in heads]
+    read = sorted({entry for own in entries for entry in own})
+    part = store.part(read)
+    scores: list[list[list[float]]] = [[] for _ in heads]
+    for done, responses in enumerate(responses_of(store, items), start=1):
+        values, cu_seqlens = part.batch(torch.tensor(responses), heads[0].weight.device)
+        for head, own, rows in zip(heads, entries, scores, strict=True):
+            rows.append(head([values[read.index(entry)] for entry in own], cu_seqlens).tolist())
         if on_progress is not None:
-            on_progress(len(scores))
+            on_progress(done)
     return scores
 
 

@@ -105,7 +105,7 @@ def train_head(
             for line in file.notes:
                 note(line)
     if test is not None:
-        _check_disjoint(rollouts, test)
+        check_disjoint(rollouts, test)
     items = tokenized(rollouts.rollouts, tokenizer)
     # Before the model runs over them: it may take hours.
     check_learnable([candidate.correct for item in items for candidate in item.candidates])
@@ -148,7 +148,7 @@ def train_stored_head(
     check_same_answers(store, rollouts)
     head = make_head(store, layers, gate, rollouts.task)
     if test is not None and test_store is not None:
-        _check_disjoint(rollouts, test)
+        check_disjoint(rollouts, test)
         check_same_answers(test_store, test)
         check_same_layout(store, test_store)
     items = rollouts.rollouts
@@ -249,7 +249,8 @@ def _without_model(header: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key != "model"}
 
 
-def _check_disjoint(rollouts: RolloutFile, test: RolloutFile) -> None:
+def check_disjoint(rollouts: RolloutFile, test: RolloutFile) -> None:
+    """Raises when the test has problems of the training data, by the keys of their task."""
     shared = {item.key for item in rollouts.rollouts} & {item.key for item in test.rollouts}
     if shared:
         raise RolloutError(

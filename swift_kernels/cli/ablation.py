@@ -1,0 +1,149 @@
+"""`swift-kernels ablate`: every ablation table of the paper, and the scaling in problems, from one store."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swift_kernels.cli.app import Json, app
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from swift_kernels.training.ablation import Ablation
+
+TITLES = {
+    "recipe": "Recipes",
+    "layers": "Layers",
+    "gate": "With and without a gate",
+    "loss": "Losses",
+    "features": "What the head reads",
+    "problems": "Training problems",
+}
+
+
+@app.command()
+def ablate(
+    rollouts: Annotated[Path, typer.Argument(help="Rollouts of `swift-kernels rollout --store`.")],
+    store: Annotated[Path, typer.Option(help="Their activations.")],
+    test: Annotated[Path, typer.Option(help="Rollouts on other problems.")],
+    test_store: Annotated[Path, typer.Option(help="Their activations.")],
+    output: Annotated[Path | None, typer.Option(help="JSON file for every figure.")] = None,
+    vary: Annotated[str, typer.Option(help="What differs from the base, each alone.")] = ",".join(TITLES),
+    recipe: Annotated[str, typer.Option(help="Of the base: swift, or upstream for the paper's.")] = "swift",
+    seeds: Annotated[int, typer.Option(help="Heads of each kind, with another split, order and start.")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="At most; by default as the recipe says.")] = None,
+    n: Annotated[str | None, typer.Option(help="Numbers of answers to pick from, such as 1,4,16.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare ways to make a head: recipes, layers, gate, losses, features, and numbers of training problems.
+
+    All are fitted to one activation store, several seeds each, and evaluated on the test problems. No LLM runs.
+    """
+    from swift_kernels import files
+    from swift_kernels.cli import render
+    from swift_kernels.cli.app import _at_least, _parse_integers
+    from swift_kernels.training import ablation
+    from swift_kernels.training.recipe import get_recipe
+    from swift_kernels.training.rollouts import read
+    from swift_kernels.training.store import Store
+    from swift_kernels.training.stored import check_same_answers, check_same_layout
+    from swift_kernels.training.train import check_disjoint
+
+    _at_least("--seeds", seeds, 1)
+    ns = None if n is None else _parse_integers("--n", n)
+    base = get_recipe(recipe, epochs=epochs)
+    train_file, test_file = read(rollouts), read(test)
+    check_disjoint(train_file, test_file)
+    stores = Store(store), Store(test_store)
+    for file, own in zip((train_file, test_file), stores, strict=True):
+        check_same_answers(own, file)
+    check_same_layout(*stores)
+    variants, notes = ablation.make_variants(stores[0], base, vary.split(","), len(train_file.rollouts))
+    for line in notes:
+        render.note(line)
+    started = time.perf_counter()
+    result = ablation.run(
+        variants,
+        stores[0],
+        train_file.rollouts,
+        stores[1],
+        test_file.rollouts,
+        seeds=seeds,
+        ns=ns,
+        progress=render.progress,
+    )
+    facts = {
+        "rollouts": str(rollouts),
+        "test": str(test),
+        "layout": vars(stores[0].layout),
+        "seconds": round(time.perf_counter() - started, 1),
+        **result.to_dict(),
+    }
+    if output is not None:
+        files.write_text(output, json.dumps(facts, indent=1) + "\n")
+    axes = [axis for axis in TITLES if axis in vary.split(",")]
+    render.emit(facts, as_json, baselines_table(result), *(axis_table(result, axis) for axis in axes), legend(result))
+
+
+def baselines_table(result: Ablation) -> Table:
+    """The base against what needs no head."""
+    from swift_kernels.cli import render
+    from swift_kernels.evaluation.compare import SELECTOR_NAMES
+
+    base = result.results[0]
+    *smaller, largest = render.shown_ns(list(base.accuracy))
+    table = render.plain_table(f"Best-of-N on {result.test_problems} problems, base recipe and what needs no head")
+    table.add_column("picked by", no_wrap=True)
+    for n in (*smaller, largest):
+        table.add_column(f"N={n}", justify="right", no_wrap=True)
+    table.add_column("base is ahead", justify="right", no_wrap=True)
+    table.add_column("p", justify="right", no_wrap=True)
+    rows = {**result.baselines, "swift": base.accuracy}
+    for key in sorted(rows, key=list(SELECTOR_NAMES).index):
+        lead = result.leads.get(key)
+        table.add_row(
+            SELECTOR_NAMES[key],
+            *(f"{100 * rows[key][n].mean:.1f}" for n in smaller),
+            render.percent(rows[key][largest]),
+            *(() if lead is None else (render.points(lead), render.p_value(lead.p))),
+        )
+    return table
+
+
+def axis_table(result: Ablation, axis: str) -> Table:
+    """The base and the variants along one axis."""
+    from swift_kernels.cli import render
+
+    table = render.plain_table(TITLES[axis])
+    table.add_column("head", no_wrap=True)
+    for title in (f"N={max(result.results[0].accuracy)}", "ahead of base", "p", "AUC", "of base", "p"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for own in result.axis(axis):
+        gain, auc_gain = own.difference, own.auc_difference
+        table.add_row(
+            own.variant.name,
+            render.percent(own.accuracy[max(own.accuracy)]),
+            *(("", "") if gain is None else (render.points(gain), render.p_value(gain.p))),
+            f"{own.auc.mean:.3f} ({own.auc.low:.3f}-{own.auc.high:.3f})",
+            *(() if auc_gain is None else (f"{auc_gain.mean:+.3f}", render.p_value(auc_gain.p))),
+        )
+    return table
+
+
+def legend(result: Ablation) -> str:
+    recipe = result.results[0].variant.recipe
+    return "\n".join(
+        [
+            f"Base: {recipe.loss}, start {recipe.start}, every entry of the first source, a gate, "
+            f"{result.train_problems} problems; others differ in",
+            "what they are named for. Means over "
+            f"{result.seeds} seeds; 95% intervals from resampling problems and seeds; p: two-sided",
+            "sign-flip test over problems, not corrected for making several comparisons",
+            *result.notes,
+        ]
+    )
