@@ -121,16 +121,15 @@ def axis_table(result: Ablation, axis: str) -> Table:
 
     table = render.plain_table(TITLES[axis])
     table.add_column("head", no_wrap=True)
-    for title in (f"N={max(result.results[0].accuracy)}", "ahead of base", "p", "AUC", "of base", "p"):
+    for title in (f"N={max(result.results[0].accuracy)}", "ahead of base", "p", "within-problem AUC"):
         table.add_column(title, justify="right", no_wrap=True)
     for own in result.axis(axis):
-        gain, auc_gain = own.difference, own.auc_difference
+        gain = own.difference
         table.add_row(
             own.variant.name,
             render.percent(own.accuracy[max(own.accuracy)]),
             *(("", "") if gain is None else (render.points(gain), render.p_value(gain.p))),
             f"{own.auc.mean:.3f} ({own.auc.low:.3f}-{own.auc.high:.3f})",
-            *(() if auc_gain is None else (f"{auc_gain.mean:+.3f}", render.p_value(auc_gain.p))),
         )
     return table
 
@@ -139,11 +138,11 @@ def legend(result: Ablation) -> str:
     recipe = result.results[0].variant.recipe
     return "\n".join(
         [
-            f"Base: {recipe.loss}, start {recipe.start}, every entry of the first source, a gate, "
-            f"{result.train_problems} problems; others differ in",
-            "what they are named for. Means over "
-            f"{result.seeds} seeds; 95% intervals from resampling problems and seeds; p: two-sided",
-            "sign-flip test over problems, not corrected for making several comparisons",
+            f"Base: {recipe.loss}, start {recipe.start}, a gate, every entry of the first source, "
+            f"{result.train_problems} problems;",
+            f"the others differ in what they are named for. Means over {result.seeds} seeds; 95% intervals from",
+            "resampling problems and seeds; p: two-sided sign-flip test over problems, not corrected for",
+            "making several comparisons",
             *result.notes,
         ]
     )

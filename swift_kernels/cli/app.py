@@ -138,6 +138,8 @@ def train(
     split: Annotated[str | None, typer.Option(help="Hold back by problem or by candidate.")] = None,
     stop: Annotated[str | None, typer.Option(help="What is watched on the held-out side: auc or loss.")] = None,
     keep: Annotated[str | None, typer.Option(help="Weights of the best or of the last epoch.")] = None,
+    refit: Annotated[bool | None, typer.Option(help="Then train again on all problems, for as many epochs.")] = None,
+    gate_pace: Annotated[float | None, typer.Option(help="Learning rate of the gate, relative to the rest.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -169,6 +171,8 @@ def train(
         split=split,
         stop=stop,
         keep=keep,
+        refit=refit,
+        gate_pace=gate_pace,
     )
     train_file = read(rollouts)
     test_file = None if test is None else read(test)

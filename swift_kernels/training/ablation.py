@@ -101,7 +101,9 @@ def make_variants(store: Store, base: Recipe, axes: Sequence[str], problems: int
     made = [Variant(BASE, None, base)]
     notes = []
     if "recipe" in axes:
-        made += [Variant(name, "recipe", recipe) for name, recipe in RECIPES.items() if recipe != base]
+        # With as many epochs as the base, which may have been given fewer.
+        others = {name: replace(recipe, epochs=base.epochs) for name, recipe in RECIPES.items()}
+        made += [Variant(name, "recipe", recipe) for name, recipe in others.items() if recipe != base]
     if "layers" in axes:
         made += [Variant(name, "layers", base, layers) for name, layers in _layer_subsets(store).items()]
     if "gate" in axes:

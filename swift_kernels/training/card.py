@@ -74,6 +74,7 @@ def model_card(
         lines += [
             "On the validation problems, which early stopping looked at"
             + (" and other answers to which were trained on" if recipe.split == "candidate" else "")
+            + (", by the head before it was trained again on all problems" if recipe.refit else "")
             + ": not an independent test.",
             "",
             *_results(validation),
@@ -196,7 +197,8 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
         f"    --batch-size {recipe.batch_size} --epochs {recipe.epochs} --patience {recipe.patience} "
         f"--validation {recipe.validation!r} --seed {recipe.seed} \\",
         f"    {'--standardize' if recipe.standardize else '--no-standardize'} --start {recipe.start} "
-        f"--split {recipe.split} --stop {recipe.stop} --keep {recipe.keep}",
+        f"--split {recipe.split} --stop {recipe.stop} --keep {recipe.keep} "
+        f"{'--refit' if recipe.refit else '--no-refit'} --gate-pace {recipe.gate_pace!r}",
     ]
 
 

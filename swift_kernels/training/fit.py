@@ -1,15 +1,17 @@
 """Fitting heads to stored features: one head, or many that share every read of the data.
 
 A head is trained on standardised features (unless its recipe says otherwise) and always holds the folded weights, those
-that read features as the model leaves them: what is validated is, bit for bit, what is returned.
+that read features as the model leaves them. What is validated is, bit for bit, what is returned, unless the recipe says
+to refit: then a head trained in the same way on all problems is, and what was validated stands beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from swift_kernels.training import resume
 from swift_kernels.training.recipe import RECIPES, Recipe
 from swift_kernels.training.split import Example, NothingToLearnError, check_learnable, hold_back
 from swift_kernels.training.standardize import StoredFeatures
-from swift_kernels.training.sweep import Epoch, Sweep
+from swift_kernels.training.sweep import Epoch, Plan, Sweep
 
 __all__ = [
     "RECIPES",
@@ -44,10 +46,11 @@ class Fit:
     Attributes:
         history: every epoch; with a ridge start, epoch 0 is that start.
         best: the best epoch by what the recipe stops on.
-        kept: the epoch whose weights the head has.
+        kept: the epoch whose weights are kept; refitted, the head was trained as many epochs.
         validation_keys: the problems that have an answer on the held-out side.
         stopped_early: whether patience ended it, not the number of epochs.
         penalty: of the ridge start, as in `standardize.PENALTIES`.
+        validated: the head that was validated; None where it is the one that is returned.
     """
 
     history: list[Epoch]
@@ -56,6 +59,7 @@ class Fit:
     validation_keys: set[str]
     stopped_early: bool
     penalty: float | None
+    validated: SwiftHead | None = field(compare=False)
 
 
 def fit(
@@ -118,50 +122,69 @@ def fit_heads(
     plans: dict[tuple, list[int]] = {}
     for index, recipe in enumerate(recipes):
         plans.setdefault(recipe.reading, []).append(index)
-    sweeps = [
-        Sweep(
+    sweeps: dict[str, Sweep] = {}
+
+    def run(name: str, members: Sequence[int], found: Sequence[Plan] | None = None) -> Sweep:
+        sweep = Sweep(
             [heads[index] for index in members],
             [recipes[index] for index in members],
             [entries[index] for index in members],
             activations,
             examples,
+            found,
         )
-        for members in plans.values()
-    ]
-    for number, sweep in enumerate(sweeps):
-        if saved is not None and str(number) in saved[1]:
-            prefix = f"{number}/"
-            sweep.restore(
-                {name.removeprefix(prefix): tensor for name, tensor in saved[0].items() if name.startswith(prefix)},
-                saved[1][str(number)],
-            )
-    fits: dict[int, Fit] = {}
-    for sweep, members in zip(sweeps, plans.values(), strict=True):
+        sweeps[name] = sweep
+        if saved is not None and name in saved[1]:
+            prefix = f"{name}/"
+            own = {key.removeprefix(prefix): tensor for key, tensor in saved[0].items() if key.startswith(prefix)}
+            sweep.restore(own, saved[1][name])
         for ended in sweep.run():
             if checkpoint is not None:
                 _save(checkpoint, sweeps, identity)
             if on_epoch is not None:
                 for member, epoch, best in ended:
                     on_epoch(members[member], epoch, best)
-        for index, run in zip(members, sweep.runs, strict=True):
+        return sweep
+
+    fits: dict[int, Fit] = {}
+    for number, members in enumerate(plans.values()):
+        sweep = run(str(number), members)
+        refit: list[int] = []
+        found: list[Plan] = []
+        for index, own in zip(members, sweep.runs, strict=True):
+            validated = None
+            if recipes[index].refit:
+                refit.append(index)
+                found.append(Plan(own.start, own.kept.number))
+                validated = copy.deepcopy(heads[index])
+                weight, bias = sweep.kept(own)
+                validated.load_state_dict({"weight": weight, "bias": bias})
+                validated.requires_grad_(False)
             fits[index] = Fit(
-                run.history, run.best, run.kept, sweep.split.validation_keys, run.stopped_early, run.penalty
+                own.history,
+                own.best,
+                own.kept,
+                sweep.split.validation_keys,
+                own.stopped_early,
+                None if own.start is None else own.start.penalty,
+                validated,
             )
-    # All heads change at the end, or none where something was wrong.
-    for sweep in sweeps:
+        if refit:
+            run(f"{number} refit", refit, found)
+    # All heads change at the end, or none where something was wrong; a refit comes after its first fit.
+    for sweep in sweeps.values():
         sweep.finish()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return [fits[index] for index in range(len(heads))]
 
 
-def _save(path: Path, sweeps: Sequence[Sweep], identity: dict[str, object]) -> None:
+def _save(path: Path, sweeps: dict[str, Sweep], identity: dict[str, object]) -> None:
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
-    for number, sweep in enumerate(sweeps):
-        if sweep.begun:
-            own, facts[str(number)] = sweep.state()
-            tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
+    for name, sweep in sweeps.items():
+        own, facts[name] = sweep.state()
+        tensors |= {f"{name}/{key}": tensor for key, tensor in own.items()}
     resume.save(path, tensors, facts, identity)
 
 

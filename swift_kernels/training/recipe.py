@@ -33,6 +33,8 @@ class Recipe:
         split: "problem", all candidates of a problem on one side, or "candidate".
         stop: what is watched on the held-out side, "auc" (within problems) or "loss".
         keep: the weights of the "best" epoch by `stop`, or of the "last".
+        refit: train once more on all problems, those held back too, from the same start for as many epochs.
+        gate_pace: learning rate of the gate, relative to the reward's.
     """
 
     loss: str = "dpo"
@@ -48,6 +50,8 @@ class Recipe:
     split: str = "problem"
     stop: str = "auc"
     keep: str = "best"
+    refit: bool = True
+    gate_pace: float = 0.1
 
     def __post_init__(self) -> None:
         get_loss(self.loss)
@@ -57,6 +61,8 @@ class Recipe:
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a number, not negative")
+        if not 0 < self.gate_pace < math.inf:
+            raise ValueError(f"gate_pace is {self.gate_pace}: expected a number above 0; 1 is the reward's own pace")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is {self.validation}: expected a share between 0 and 1")
         for name, choices in CHOICES.items():
@@ -89,6 +95,8 @@ RECIPES = {
         split="candidate",
         stop="loss",
         keep="last",
+        refit=False,
+        gate_pace=1.0,
     ),
 }
 """By name: this package's default, and the one of arXiv 2505.12225."""

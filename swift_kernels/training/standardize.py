@@ -146,8 +146,8 @@ def _check_finite(sums: Tensor, entries: Sequence[Tensor], sequence: Tensor, par
         )
 
 
-def ridge_paths(features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    """Ridge regressions of labels on the candidates' mean standardised features, one for each of `PENALTIES`.
+def ridge_paths(features: Tensor, labels: Tensor, counts: Tensor, penalties: Sequence[float] = PENALTIES) -> Tensor:
+    """Ridge regressions of labels on the candidates' mean standardised features, one for each penalty.
 
     Args:
         features: `[candidates, features]`, labels: `[candidates]`, counts: `[candidates]`, how often each occurs.
@@ -169,7 +169,7 @@ def ridge_paths(features: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     length = gram.trace() / candidates
     side = target if dual else centred.T.double() @ target
     weights = []
-    for penalty in PENALTIES:
+    for penalty in penalties:
         damped = gram + penalty * length * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         solution = torch.cholesky_solve(side[:, None], torch.linalg.cholesky(damped))[:, 0]
         weights.append((solution.to(centred.dtype) @ centred).double() if dual else solution)

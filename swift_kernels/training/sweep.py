@@ -16,7 +16,7 @@ from swift_kernels.head import SwiftHead
 from swift_kernels.training import standardize
 from swift_kernels.training.losses import get_loss, within_problem_auc
 from swift_kernels.training.recipe import Recipe
-from swift_kernels.training.split import Example, NothingToLearnError, epoch_batches, split_examples
+from swift_kernels.training.split import Example, NothingToLearnError, Split, epoch_batches, split_examples
 from swift_kernels.training.standardize import Statistics, StoredFeatures
 
 
@@ -57,28 +57,59 @@ class RawWeights(NamedTuple):
     gate: bool
 
 
-class Run:
-    """One head on its way: weights for the features as it is trained on them, their optimizer, and its history."""
+class Start(NamedTuple):
+    """A ridge start: its penalty, as in `standardize.PENALTIES`, and what makes logits of its scores."""
 
-    def __init__(self, head: SwiftHead, recipe: Recipe, entries: tuple[int, ...], columns: Tensor) -> None:
+    penalty: float
+    scale: float
+    shift: float
+
+
+class Plan(NamedTuple):
+    """What a first fit has found, for one on all problems: the ridge start, if any, and how many epochs."""
+
+    start: Start | None
+    epochs: int
+
+
+class Run:
+    """One head on its way: weights for the features as it is trained on them, their optimizer, and its history.
+
+    A run with a plan has no held-out side, so it has no history either.
+    """
+
+    def __init__(
+        self, head: SwiftHead, recipe: Recipe, entries: tuple[int, ...], columns: Tensor, plan: Plan | None
+    ) -> None:
         self.head = head
         self.recipe = recipe
         self.entries = entries
         self.columns = columns
+        self.plan = plan
+        self.epoch = 0
+        self.start = None if plan is None else plan.start
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         with torch.random.fork_rng(devices=[head.weight.device] if head.weight.is_cuda else []):
             torch.manual_seed(recipe.seed)
             # The head itself changes when all is done.
             fresh = copy.deepcopy(head)
             fresh.reset_parameters()
-        self.weight = nn.Parameter(fresh.weight.detach().to(dtype))
-        self.bias = nn.Parameter(fresh.bias.detach().to(dtype))
+        # AdamW moves every weight by about the learning rate a step: a gate of weights pace x w moves by less.
+        self.pace = torch.ones(len(fresh.bias), dtype=dtype, device=fresh.bias.device)
+        if head.config.gate:
+            self.pace[0] = recipe.gate_pace
+        self.weight = nn.Parameter(fresh.weight.detach().to(dtype) / self.pace[:, None])
+        self.bias = nn.Parameter(fresh.bias.detach().to(dtype) / self.pace)
         self.optimizer = torch.optim.AdamW(
             [self.weight, self.bias], lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         self.history: list[Epoch] = []
-        self.penalty: float | None = None
         self.best_weights: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Weights `[outputs, features]` and bias of the head as it stands, differentiable."""
+        return self.weight * self.pace[:, None], self.bias * self.pace
 
     @property
     def best(self) -> Epoch:
@@ -95,20 +126,27 @@ class Run:
 
     @property
     def done(self) -> bool:
+        if self.plan is not None:
+            return self.epoch >= self.plan.epochs
         return bool(self.history) and (self.stopped_early or self.history[-1].number >= self.recipe.epochs)
 
     def record(self, epoch: Epoch) -> None:
         self.history.append(epoch)
         if self.kept is epoch:
-            self.best_weights = self.weight.detach().clone(), self.bias.detach().clone()
+            self.keep()
 
-    def start_from(self, weight: Tensor, bias: float) -> None:
-        """Takes a reward row for standardised features; the gate starts at 0, half open for every token."""
+    def keep(self) -> None:
+        weight, bias = self.current
+        self.best_weights = weight.detach().clone(), bias.detach().clone()
+
+    def start_from(self, weight: Tensor, start: Start) -> None:
+        """Takes a ridge regression for standardised features; the gate starts at 0, half open for every token."""
+        self.start = start
         with torch.no_grad():
             self.weight.zero_()
             self.bias.zero_()
-            self.weight[-1].copy_(weight)
-            self.bias[-1].fill_(bias)
+            self.weight[-1].copy_(start.scale * weight)
+            self.bias[-1].fill_(start.shift)
 
 
 class _Entries:
@@ -126,7 +164,10 @@ class _Entries:
 
 
 class Sweep:
-    """Heads of one `Recipe.reading`, with the split and the statistics that they share."""
+    """Heads of one `Recipe.reading`, with the split and the statistics that they share.
+
+    With plans, one a head, nothing is held back: they train on all examples, each for as long as its plan says.
+    """
 
     def __init__(
         self,
@@ -135,6 +176,7 @@ class Sweep:
         entries: Sequence[tuple[int, ...]],
         store: StoredFeatures,
         examples: Sequence[Example],
+        plans: Sequence[Plan] | None = None,
     ) -> None:
         self.device = heads[0].weight.device
         self.responses = torch.tensor([example.response for example in examples])
@@ -144,36 +186,46 @@ class Sweep:
         # Recipes of one reading make the same split, but not all need an AUC of it.
         for recipe in recipes:
             self.split = split_examples(examples, recipe)
+        if plans is not None:
+            self.split = Split(torch.arange(len(examples)), torch.empty(0, dtype=torch.int64), set())
         # What no head reads is neither looked at nor projected.
         read = sorted({entry for own in entries for entry in own})
         self.store = _Entries(store, read)
         bounds = [0, *torch.tensor(self.store.widths).cumsum(0).tolist()]
         columns = {entry: torch.arange(bounds[i], bounds[i + 1]) for i, entry in enumerate(read)}
         self.runs = [
-            Run(head, recipe, own, torch.cat([columns[entry] for entry in own]).to(self.device))
-            for head, recipe, own in zip(heads, recipes, entries, strict=True)
+            Run(head, recipe, own, torch.cat([columns[entry] for entry in own]).to(self.device), plan)
+            for head, recipe, own, plan in zip(
+                heads, recipes, entries, [None] * len(heads) if plans is None else plans, strict=True
+            )
         ]
+        self.begun = False
         self.raw = standardize.identity(bounds[-1], self.device)
         self.statistics: Statistics | None = None
 
-    @property
-    def begun(self) -> bool:
-        return any(run.history for run in self.runs)
-
     def run(self) -> Iterator[list[tuple[int, Epoch, Epoch]]]:
-        """Trains; after each epoch yields, for every head that was in it: its index, the epoch, the best so far."""
+        """Trains; after each epoch yields, for every head that was validated: its index, the epoch, the best so far."""
         if not self.begun:
             yield from self._start()
         while active := [run for run in self.runs if not run.done]:
-            number = 1 + (active[0].history[-1].number if active[0].history else 0)
+            number = 1 + active[0].epoch
             train_losses = self._train(active, number)
+            for run in active:
+                run.epoch = number
             yield self._validate(active, number, train_losses)
+        for run in self.runs:
+            if run.plan is not None:
+                run.keep()
+
+    def kept(self, run: Run) -> tuple[Tensor, Tensor]:
+        """The kept weights, folded in float64."""
+        assert run.best_weights is not None
+        return self._statistics(run).fold(*run.best_weights, run.columns)
 
     def finish(self) -> None:
-        """Leaves the kept weights, folded in float64, in every head."""
+        """Leaves the kept weights in every head."""
         for run in self.runs:
-            assert run.best_weights is not None
-            weight, bias = self._statistics(run).fold(*run.best_weights, run.columns)
+            weight, bias = self.kept(run)
             run.head.load_state_dict({"weight": weight, "bias": bias})
             run.head.requires_grad_(False)
 
@@ -190,21 +242,24 @@ class Sweep:
             for number, moments in run.optimizer.state_dict()["state"].items():
                 own |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
             tensors |= {f"{index}.{name}": value for name, value in own.items()}
-            facts.append({"history": [asdict(epoch) for epoch in run.history], "penalty": run.penalty})
+            history = [asdict(epoch) for epoch in run.history]
+            facts.append({"history": history, "start": run.start, "epoch": run.epoch})
         return tensors, {"heads": facts}
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Goes back to where `state` was taken."""
+        self.begun = True
         if "mean" in tensors:
             mean, inverse = tensors["mean"].to(self.device), tensors["inverse_deviation"].to(self.device)
             self.statistics = Statistics(mean, inverse)
         for index, (run, own) in enumerate(zip(self.runs, facts["heads"], strict=True)):
             run.history = [Epoch(**epoch) for epoch in own["history"]]
-            run.penalty = own["penalty"]
+            run.start = None if own["start"] is None else Start(*own["start"])
+            run.epoch = own["epoch"]
             with torch.no_grad():
                 run.weight.copy_(tensors[f"{index}.weight"])
                 run.bias.copy_(tensors[f"{index}.bias"])
-            if run.history:
+            if run.history:  # a run with a plan keeps what it ends with
                 best = tensors[f"{index}.best.weight"], tensors[f"{index}.best.bias"]
                 run.best_weights = best[0].to(self.device), best[1].to(self.device)
             optimizer = run.optimizer.state_dict()
@@ -219,6 +274,7 @@ class Sweep:
 
     def _start(self) -> Iterator[list[tuple[int, Epoch, Epoch]]]:
         """Looks at every response once, and takes the ridge starts."""
+        self.begun = True
         train = self.responses[self.split.train].unique()
         ridge = [run for run in self.runs if run.recipe.start == "ridge"]
         means = torch.empty(0)
@@ -239,7 +295,7 @@ class Sweep:
         yield self._validate(ridge, 0, [None] * len(ridge))
 
     def _ridge(self, runs: Sequence[Run], means: Tensor, responses: Tensor) -> None:
-        """Starts each head from the ridge regression whose held-out within-problem AUC is the highest.
+        """Starts each head from the ridge regression whose held-out within-problem AUC is the highest, or the planned.
 
         Args:
             means: `[responses, features]`, standardised, of the training responses `responses`.
@@ -251,22 +307,27 @@ class Sweep:
         counts = torch.zeros(len(responses)).index_add(0, place, torch.ones(len(place)))
         labels = torch.zeros(len(responses)).index_add(0, place, self.labels[self.split.train][known]) / counts
         held_out = self.split.validation
-        found: dict[tuple[int, ...], tuple[Tensor, float, float]] = {}
+        found: dict[tuple[tuple[int, ...], Start | None], tuple[Tensor, Start]] = {}
         for run in runs:
-            if run.entries not in found:
-                paths = standardize.ridge_paths(means[:, run.columns], labels.to(self.device), counts.to(self.device))
-                assert self.statistics is not None
-                weight, bias = self.statistics.fold(paths, torch.zeros(len(paths)).to(paths), run.columns)
-                scores = self._scores(
-                    held_out, [RawWeights(run.columns, weight.to(run.weight), bias.to(run.bias), False)]
-                )
-                auc = within_problem_auc(scores, self.labels[held_out], self.group[held_out])
-                best = int(auc.argmax())
-                scale, shift = standardize.logistic_scale(scores[:, best], self.labels[held_out])
-                run.penalty = standardize.PENALTIES[best]
-                found[run.entries] = scale * paths[best], shift, run.penalty
-            weight, shift, run.penalty = found[run.entries]
-            run.start_from(weight.to(run.weight), shift)
+            case = run.entries, run.start
+            if case not in found:
+                penalties = standardize.PENALTIES if run.start is None else (run.start.penalty,)
+                own = means[:, run.columns]
+                paths = standardize.ridge_paths(own, labels.to(self.device), counts.to(self.device), penalties)
+                if run.start is not None:
+                    found[case] = paths[0], run.start
+                else:
+                    assert self.statistics is not None
+                    weight, bias = self.statistics.fold(paths, torch.zeros(len(paths)).to(paths), run.columns)
+                    scores = self._scores(
+                        held_out, [RawWeights(run.columns, weight.to(run.weight), bias.to(run.bias), False)]
+                    )
+                    auc = within_problem_auc(scores, self.labels[held_out], self.group[held_out])
+                    best = int(auc.argmax())
+                    scale, shift = standardize.logistic_scale(scores[:, best], self.labels[held_out])
+                    found[case] = paths[best], Start(penalties[best], scale, shift)
+            weight, start = found[case]
+            run.start_from(weight.to(run.weight), start)
 
     def _statistics(self, run: Run) -> Statistics:
         if not run.recipe.standardize:
@@ -276,7 +337,7 @@ class Sweep:
 
     def _folded(self, run: Run) -> RawWeights:
         """What the finished head will have, if it ends here."""
-        weight, bias = self._statistics(run).fold(run.weight, run.bias, run.columns)
+        weight, bias = self._statistics(run).fold(*run.current, run.columns)
         dtype = run.head.weight.dtype
         # Through the head's own dtype: what is trained and validated is what is saved.
         weight, bias = weight.to(dtype).to(run.weight), bias.to(dtype).to(run.bias)
@@ -337,19 +398,26 @@ class Sweep:
     def _validate(
         self, runs: Sequence[Run], number: int, train_losses: Sequence[float | None]
     ) -> list[tuple[int, Epoch, Epoch]]:
-        """Scores the held-out side and records the epoch of every head."""
+        """Scores the held-out side and records the epoch of every head; does nothing where nothing is held back."""
+        for run, train_loss in zip(runs, train_losses, strict=True):
+            self._check_loss(run, number, train_loss)
+        if not len(self.split.validation):
+            return []
         held_out = self.split.validation
         scores = self._scores(held_out, [self._folded(run) for run in runs])
         aucs = within_problem_auc(scores, self.labels[held_out], self.group[held_out]).tolist()
         losses = [loss.item() for loss in self._losses(runs, scores, held_out)]
         ended = []
         for run, train_loss, loss, auc in zip(runs, train_losses, losses, aucs, strict=True):
+            self._check_loss(run, number, train_loss, loss)
             epoch = Epoch(number, train_loss, loss, None if math.isnan(auc) else auc)
-            if not math.isfinite((train_loss or 0.0) + loss):
-                raise NothingToLearnError(
-                    f"the loss of head {self.runs.index(run)} is {train_loss} in epoch {number}, {loss} on the "
-                    "held-out side: lower the learning rate"
-                )
             run.record(epoch)
             ended.append((self.runs.index(run), epoch, run.best))
         return ended
+
+    def _check_loss(self, run: Run, number: int, train_loss: float | None, loss: float = 0.0) -> None:
+        if not math.isfinite((train_loss or 0.0) + loss):
+            raise NothingToLearnError(
+                f"the loss of head {self.runs.index(run)} is {train_loss} in epoch {number}, {loss} on the "
+                "held-out side: lower the learning rate"
+            )

@@ -42,8 +42,8 @@ class TrainedHead:
     Attributes:
         head: with task and metrics in its config.
         fit: how the fit went.
-        validation: on the problems that early stopping looked at, so it flatters the head a little; a recipe that
-            splits by candidate has trained on other answers to them.
+        validation: on the problems that early stopping looked at, so it flatters the head a little; of the head before
+            it was refitted to all problems. A recipe that splits by candidate has trained on other answers to them.
         test: on the problems of the test rollouts, if there were any.
         data: what it was trained on.
     """
@@ -181,7 +181,7 @@ def _fit(
     progress: Progress,
     note: Callable[[str], None],
 ) -> tuple[Fit, Evaluation]:
-    """Fits the head to the answers that have a scored token, and evaluates it on the problems held back."""
+    """Fits the head to the answers that have a scored token; evaluates what was validated on the problems held back."""
     learnable = [example for example in examples if activations.lengths[example.response]]
     if len(learnable) < len(examples):
         note(f"{len(examples) - len(learnable)} of {len(examples)} answers have no scored token and were left out")
@@ -191,7 +191,7 @@ def _fit(
             update(epoch.number, f"{epoch.held_out}, best so far epoch {best.number}")
 
         [result] = fit_heads([head], activations, learnable, [recipe], on_epoch=tell, checkpoint=checkpoint)
-    return result, _evaluate_activations(head, activations, examples, items, result.validation_keys)
+    return result, _evaluate_activations(result.validated or head, activations, examples, items, result.validation_keys)
 
 
 def _data(

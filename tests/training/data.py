@@ -11,7 +11,7 @@ from swift_kernels.training.activations import Activations
 from swift_kernels.training.fit import Example, Recipe
 from swift_kernels.training.losses import get_loss, within_problem_auc
 
-QUICK = Recipe(learning_rate=0.05, epochs=30, patience=30, batch_size=4, start="random", loss="bce")
+QUICK = Recipe(learning_rate=0.05, epochs=30, patience=30, batch_size=4, start="random", loss="bce", refit=False)
 
 
 def separable(

@@ -9,6 +9,7 @@ import torch
 
 from swift_kernels import SwiftHead
 from swift_kernels.head import HeadConfig
+from swift_kernels.training import standardize
 from swift_kernels.training.activations import Activations
 from swift_kernels.training.fit import (
     RECIPES,
@@ -250,6 +251,78 @@ def killed_after(activations: Activations, reads: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(activations, "batch", limited)
 
 
+class TestRefit:
+    @pytest.mark.parametrize("start", ["ridge", "random"])
+    def test_the_first_fit_is_as_without(self, start: str) -> None:
+        activations, examples = separable(noise=2.0)
+        recipe = replace(QUICK, start=start, epochs=5)
+        alone, refitted = SwiftHead([3, 2]), SwiftHead([3, 2])
+        expected = fit(alone, activations, examples, recipe)
+        result = fit(refitted, activations, examples, replace(recipe, refit=True))
+        assert result == expected
+        assert expected.validated is None
+        assert result.validated is not None
+        assert torch.equal(result.validated.weight, alone.weight)
+        assert torch.equal(result.validated.bias, alone.bias)
+        assert not torch.equal(refitted.weight, alone.weight)
+
+    def test_learns_from_the_problems_held_back(self) -> None:
+        activations, examples = separable(noise=2.0)
+        # The last of a fixed number of epochs is kept: what is held back decides nothing else.
+        recipe = replace(QUICK, epochs=3, keep="last", stop="loss", refit=True)
+        heads = SwiftHead([3, 2]), SwiftHead([3, 2])
+        first = fit(heads[0], activations, examples, recipe)
+        turned = [
+            replace(example, correct=example.correct != (example.key in first.validation_keys)) for example in examples
+        ]
+        second = fit(heads[1], activations, turned, recipe)
+        assert first.validated is not None
+        assert second.validated is not None
+        assert torch.equal(first.validated.weight, second.validated.weight)
+        assert not torch.equal(heads[0].weight, heads[1].weight)
+
+    def test_the_start_is_a_ridge_regression_on_all_problems(self) -> None:
+        activations, examples = separable(noise=2.0)
+        head = SwiftHead([3, 2], gate=False)
+        # Without a learning rate, the start is what is kept.
+        result = fit(head, activations, examples, replace(QUICK, start="ridge", epochs=1, learning_rate=0, refit=True))
+        everything = torch.arange(len(activations.lengths))
+        keep = torch.ones(len(everything), dtype=torch.bool)
+        statistics, means = standardize.survey(activations, everything, keep, torch.device("cpu"))
+        means = (means - statistics.mean.float()) * statistics.inverse_deviation.float()
+        labels = torch.tensor([float(example.correct) for example in examples])
+        assert result.penalty is not None
+        ridge = standardize.ridge_paths(means, labels, torch.ones(len(labels)), (result.penalty,))
+        weight, _ = statistics.fold(ridge, torch.zeros(1), torch.arange(5))
+        # The scale is the first fit's.
+        direction = head.weight[0].double() / head.weight.norm().double()
+        torch.testing.assert_close(direction, weight[0] / weight.norm(), rtol=1e-5, atol=1e-6)
+
+    def test_serves_some_heads_of_a_sweep_alone(self) -> None:
+        activations, examples = separable(noise=2.0)
+        recipes = [replace(QUICK, epochs=3, refit=refit) for refit in (False, True)]
+        heads = [SwiftHead([3, 2]), SwiftHead([3, 2])]
+        results = fit_heads(heads, activations, examples, recipes)
+        assert results[0].validated is None
+        assert results[1].validated is not None
+        assert torch.equal(heads[0].weight, results[1].validated.weight)
+
+
+@pytest.mark.parametrize("pace", [1.0, 0.1, 3.0])
+def test_the_gate_learns_at_its_own_pace(pace: float) -> None:
+    activations, examples = separable(noise=2.0)
+    recipe = replace(QUICK, epochs=1, batch_size=1000, keep="last", standardize=False, weight_decay=0, gate_pace=pace)
+    head = SwiftHead([3, 2])
+    torch.manual_seed(recipe.seed)
+    head.reset_parameters()
+    before = head.weight.clone()
+    fit(head, activations, examples, recipe)
+    # AdamW's first step moves every weight by the learning rate.
+    moved = (head.weight - before).abs()
+    torch.testing.assert_close(moved[0], torch.full((5,), pace * recipe.learning_rate), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moved[1], torch.full((5,), recipe.learning_rate), rtol=1e-3, atol=1e-6)
+
+
 class TestResume:
     RECIPES = (
         replace(QUICK, epochs=4, start="ridge"),
@@ -257,9 +330,12 @@ class TestResume:
         replace(QUICK, epochs=2, loss="infonca", seed=5),
     )
 
-    def fit(self, activations: Activations, examples: list[Example], path: Path | None) -> tuple[list, list]:
+    def fit(
+        self, activations: Activations, examples: list[Example], path: Path | None, refit: bool = False
+    ) -> tuple[list, list]:
         heads = [SwiftHead([3, 2]), SwiftHead([3, 2], gate=False), SwiftHead([3, 2])]
-        return heads, fit_heads(heads, activations, examples, self.RECIPES, checkpoint=path)
+        recipes = [replace(recipe, refit=refit) for recipe in self.RECIPES]
+        return heads, fit_heads(heads, activations, examples, recipes, checkpoint=path)
 
     # It is first saved after five reads: identity, two looks, the ridge penalties and the validation of the start. An
     # epoch is eight reads and a validation; after 41 the second plan begins.
@@ -282,21 +358,23 @@ class TestResume:
             assert torch.equal(head.bias, other.bias)
         assert not list(tmp_path.iterdir())
 
-    def test_killed_again_and_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("refit", [False, True], ids=["once", "refit"])
+    def test_killed_again_and_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool) -> None:
         activations, examples = separable(noise=2.0)
-        expected_heads, expected = self.fit(activations, examples, None)
+        expected_heads, expected = self.fit(activations, examples, None, refit)
         for _ in range(20):
             with monkeypatch.context() as patch:
-                killed_after(activations, 12, patch)
+                killed_after(activations, 14, patch)
                 try:
-                    heads, results = self.fit(activations, examples, tmp_path / "fit")
+                    heads, results = self.fit(activations, examples, tmp_path / "fit", refit)
                     break
                 except KilledError:
                     continue
         else:
             pytest.fail("it never came to an end")
         assert results == expected
-        assert torch.equal(heads[0].weight, expected_heads[0].weight)
+        for head, other in zip(heads, expected_heads, strict=True):
+            assert torch.equal(head.weight, other.weight)
 
     def interrupted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Activations, list[Example], Path]:
         activations, examples = separable(noise=2.0)
