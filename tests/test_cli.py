@@ -346,7 +346,7 @@ class TestTrainAndEvaluate:
         rollouts: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        options = ["--model", model_folder, "--epochs", "4", "--patience", "4"]
+        options = ["--model", model_folder, "--epochs", "4", "--patience", "4", "--no-refit"]
         assert run(capsys, "train", rollouts, "--output", tmp_path / "whole", *options)[0] == 0
         genuine, saves = resume.save, []
 
