@@ -33,9 +33,6 @@ from swift_kernels.training.rollouts import Rollout, RolloutWriter
 from swift_kernels.training.sketch import Sketch
 from swift_kernels.training.store import Layout, ShardProblem, StoreWriter, digest
 
-PILOT_PROBLEMS = 32
-"""Whose activations a PCA sketch is made from."""
-
 Notes = Callable[[str], None]
 
 
@@ -202,29 +199,20 @@ def make_sketch(job: Job) -> Sketch | None:
     if layout is None or layout.sketch is None:
         return None
     if job.sketch_of is not None:
-        return _sketch_of(job.sketch_of, layout)
+        return stores.sketch_of(job.sketch_of, layout)
     method, dimensions = layout.sketch["method"], layout.sketch["dimensions"]
     if method == "random":
         return sketches.random_sketch(layout.widths, dimensions)
     recorder_layout = replace(layout, sketch=None, dtype="float32")
     values: list[Tensor] = []
     size = max(1, job.batch_size // job.sampling.n)
-    pilot = job.problems[:PILOT_PROBLEMS]
+    pilot = job.problems[: sketches.PILOT_PROBLEMS]
     for start in range(0, len(pilot), size):
         recorder = Recorder(job.model, recorder_layout)
         arguments = (job.model, job.tokenizer, job.task, pilot[start : start + size], job.sampling)
         _, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder)
         values += [response for _, responses in recorded for response in responses]
     return sketches.pca_sketch(torch.cat(values).split(layout.widths, dim=1), dimensions)
-
-
-def _sketch_of(path: Path, layout: Layout) -> Sketch:
-    """The projections of another store, so that one head reads both."""
-    header = stores.read_header(path)
-    other = Layout(**header["layout"])
-    if other != layout:
-        raise stores.StoreError(f"{path} was made with other settings: expected layout {layout}, found {other}")
-    return Sketch.load(path / stores.SKETCH_NAME)
 
 
 def _answers(rollout: Rollout) -> list[list[int]]:

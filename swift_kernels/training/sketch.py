@@ -17,6 +17,9 @@ from swift_kernels import files
 
 METHODS = ("random", "pca")
 
+PILOT_PROBLEMS = 32
+"""Whose activations a PCA sketch is made from."""
+
 
 @dataclass(frozen=True)
 class Sketch:

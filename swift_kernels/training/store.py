@@ -113,11 +113,12 @@ def make_layout(
         configs[0].num_hidden_layers if chosen else None,
         configs[0].span,
         dtype,
-        None if sketch is None else _parse_sketch(sketch, max(widths)),
+        None if sketch is None else parse_sketch(sketch, max(widths)),
     )
 
 
-def _parse_sketch(text: str, width: int) -> dict[str, Any]:
+def parse_sketch(text: str, width: int) -> dict[str, Any]:
+    """ "pca:64" as a layout holds it."""
     method, _, dimensions = text.partition(":")
     if method not in METHODS or not dimensions.isdecimal() or not 1 <= int(dimensions) <= width:
         raise StoreError(
@@ -334,6 +335,14 @@ def damage(path: Path, shard: Shard) -> str | None:
 def digest(token_ids: Sequence[Sequence[int]]) -> str:
     """Of the token ids of a problem's candidates."""
     return hashlib.sha256(json.dumps([list(ids) for ids in token_ids]).encode()).hexdigest()[:16]
+
+
+def sketch_of(path: Path, layout: Layout) -> Sketch:
+    """The projections of another store, so that one head reads both."""
+    other = Layout(**read_header(path)["layout"])
+    if other != layout:
+        raise StoreError(f"{path} was made with other settings: expected layout {layout}, found {other}")
+    return Sketch.load(path / SKETCH_NAME)
 
 
 def check_space(path: Path, nbytes: int, what: str) -> None:

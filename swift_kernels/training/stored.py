@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from swift_kernels import features
 from swift_kernels.head import HeadConfig, SwiftHead
+from swift_kernels.training import store as stores
 from swift_kernels.training.rollouts import Rollout, RolloutFile
-from swift_kernels.training.sketch import Sketch
-from swift_kernels.training.store import Store, StoreError
+from swift_kernels.training.sketch import PILOT_PROBLEMS, Sketch, pca_sketch, random_sketch
+from swift_kernels.training.store import Store, StoreError, StoreWriter
 
 
 def check_same_answers(store: Store, rollouts: RolloutFile) -> None:
@@ -117,3 +119,47 @@ def score_stored_heads(
 def entries_of(store: Store, head: SwiftHead) -> list[int]:
     """Which of a store's entries a head reads."""
     return [store.layout.entries.index(name) for name in head.config.layers or (head.config.features,)]
+
+
+def copy_sketched(
+    store: Store,
+    path: Path,
+    sketch: str,
+    sketch_of: Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes a sketched copy of a store that holds entries whole; one that was begun is completed.
+
+    Args:
+        sketch: as in `make_layout`; the pilot of a PCA is the first problems of the store.
+        sketch_of: another sketched store, whose projections are used.
+    """
+    if store.layout.sketch is not None:
+        raise StoreError(f"{store.path} is a sketch already: expected a store that holds entries whole")
+    method = stores.parse_sketch(sketch, max(store.widths))
+    layout = replace(store.layout, sketch=method)
+    stores.check_space(path, layout.nbytes(sum(store.lengths)), f"the sketches of {sum(store.lengths):,} tokens")
+    if sketch_of is not None:
+        made = stores.sketch_of(sketch_of, layout)
+    elif (path / stores.HEADER_NAME).exists():
+        made = Sketch.load(path / stores.SKETCH_NAME)
+    elif method["method"] == "random":
+        made = random_sketch(store.widths, method["dimensions"])
+    else:
+        problems = [problem for shard in store.shards for problem in shard.problems][:PILOT_PROBLEMS]
+        count = sum(max(problem.responses, default=-1) + 1 for problem in problems)
+        values, _ = store.batch(torch.arange(count))
+        made = pca_sketch(values, method["dimensions"])
+    writer = StoreWriter(path, layout, store.model, made)
+    first = 0
+    for done, shard in enumerate(store.shards, start=1):
+        responses = range(first, first + len(shard.lengths))
+        first = responses.stop
+        if not (path / f"{shard.name}.json").exists():
+            sketched = []
+            for response in responses:
+                values, _ = store.batch(torch.tensor([response]))
+                sketched.append(torch.cat([made.apply(k, entry) for k, entry in enumerate(values)], dim=1))
+            writer.write(shard.name, shard.problems, sketched)
+        if on_progress is not None:
+            on_progress(done)

@@ -21,6 +21,7 @@ from swift_kernels.evaluation.tasks import Sums
 from swift_kernels.integrations.shared_prompt import forward_responses
 from swift_kernels.processes import Processes
 from swift_kernels.training import collection, generation
+from swift_kernels.training import sketch as sketch_module
 from swift_kernels.training.collection import Job, collect_rollouts
 from swift_kernels.training.generation import Sampling, settings
 from swift_kernels.training.rollouts import read
@@ -269,7 +270,7 @@ def test_a_store_larger_than_the_disk_is_refused_before_the_model_runs(
 def test_the_sketch_is_made_from_a_pilot_once(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collection, "PILOT_PROBLEMS", 4)
+    monkeypatch.setattr(sketch_module, "PILOT_PROBLEMS", 4)
     job = make_job(model, tokenizer, tmp_path, layers="all", sketch="pca:3")
     collect(job)
     sketch = Sketch.load(job.store / "sketch.safetensors")

@@ -18,7 +18,14 @@ from swift_kernels.training.collection import Job, collect_rollouts
 from swift_kernels.training.recipe import Recipe
 from swift_kernels.training.rollouts import RolloutFile, read
 from swift_kernels.training.store import Store, StoreError
-from swift_kernels.training.stored import check_same_answers, check_same_layout, make_head, score_stored, unsketched
+from swift_kernels.training.stored import (
+    check_same_answers,
+    check_same_layout,
+    copy_sketched,
+    make_head,
+    score_stored,
+    unsketched,
+)
 from swift_kernels.training.train import train_head, train_stored_head
 from tests.training.test_collection import make_job
 
@@ -163,3 +170,30 @@ def test_a_record_of_something_else_is_named(model: Any, tokenizer: Any, tmp_pat
     record.write_text(json.dumps({"problems": [{"id": 1}]}))
     with pytest.raises(StoreError, match=r"00000\.json is no record of a shard"):
         Store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("sketch", ["random:4", "pca:4"])
+def test_a_sketched_copy_holds_what_was_stored_projected(
+    model: Any, tokenizer: Any, tmp_path: Path, sketch: str
+) -> None:
+    store, rollouts = collected(make_job(model, tokenizer, tmp_path, layers=[0, 2, "top_logprobs"], dtype="float32"))
+    copy_sketched(store, tmp_path / "copy", sketch)
+    copy = Store(tmp_path / "copy")
+    assert (copy.widths, copy.lengths, copy.layout.widths) == ((4, 4, 4), store.lengths, store.layout.widths)
+    check_same_answers(copy, rollouts)
+    every = torch.arange(len(store.lengths))
+    assert copy.sketch is not None
+    for k, (whole, kept) in enumerate(zip(store.batch(every)[0], copy.batch(every)[0], strict=True)):
+        torch.testing.assert_close(kept, copy.sketch.apply(k, whole), rtol=1e-5, atol=1e-5)
+    # A copy that was interrupted is completed to the same bytes; another store may share its projections.
+    before = {path.name: path.read_bytes() for path in copy.path.iterdir()}
+    (copy.path / f"{copy.shards[1].name}.json").unlink()
+    copy_sketched(store, copy.path, sketch)
+    assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
+    copy_sketched(store, tmp_path / "other", sketch, copy.path)
+    check_same_layout(copy, Store(tmp_path / "other"))
+    with pytest.raises(StoreError, match="is a sketch already"):
+        copy_sketched(copy, tmp_path / "third", sketch)
+    with pytest.raises(StoreError, match="made with other settings"):
+        copy_sketched(store, tmp_path / "third", "pca:3", copy.path)
+    assert not (tmp_path / "third").exists()

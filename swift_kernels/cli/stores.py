@@ -1,4 +1,4 @@
-"""`swift-kernels ablate`: every ablation table of the paper, and the scaling in problems, from one store."""
+"""What is made from activation stores without an LLM: `swift-kernels ablate` and `swift-kernels sketch`."""
 
 from __future__ import annotations
 
@@ -88,6 +88,34 @@ def ablate(
         files.write_text(output, json.dumps(facts, indent=1) + "\n")
     axes = [axis for axis in TITLES if axis in vary.split(",")]
     render.emit(facts, as_json, baselines_table(result), *(axis_table(result, axis) for axis in axes), legend(result))
+
+
+@app.command(name="sketch")
+def sketch_(
+    store: Annotated[Path, typer.Argument(help="A store of `swift-kernels rollout --store` that holds entries whole.")],
+    output: Annotated[Path, typer.Option(help="Folder for the copy; an unfinished one is completed.")],
+    sketch: Annotated[str, typer.Option(help="Dimensions an entry: random:64, or pca:64.")],
+    sketch_of: Annotated[Path | None, typer.Option(help="Sketch whose projections to use, as for test data.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Project each entry of a store to a few dimensions: a small copy that `train` and `ablate` read as they do it.
+
+    A head that is fitted to it reads the model's own hidden states: the projection is folded into its weights.
+    """
+    from swift_kernels.cli import render
+    from swift_kernels.training.store import Store
+    from swift_kernels.training.stored import copy_sketched
+
+    whole = Store(store)
+    with render.progress("shards", len(whole.shards)) as update:
+        copy_sketched(whole, output, sketch, sketch_of, update)
+    copy = Store(output)
+    facts = {"output": str(output), "tokens": sum(copy.lengths), "bytes": copy.nbytes, "bytes_whole": whole.nbytes}
+    render.emit(
+        facts,
+        as_json,
+        f"{output}: {facts['tokens']:,} tokens in {copy.nbytes / 1e6:,.1f} MB, {whole.nbytes / 1e6:,.1f} MB before",
+    )
 
 
 def baselines_table(result: Ablation) -> Table:
