@@ -130,8 +130,10 @@ def _recipe(recipe: Recipe, fit: Fit) -> str:
         kept += f", the last; epoch {fit.best.number} had the best {watched}"
     return (
         f"{features}; {start}; {_LOSSES[recipe.loss]} on the pooled scores; AdamW, learning rate "
-        f"{recipe.learning_rate:g}, weight decay {recipe.weight_decay:g}, {recipe.batch_size} answers a step, at most "
-        f"{recipe.epochs} epochs, seed {recipe.seed}; {ended}. {kept} ({fit.kept.held_out})."
+        f"{recipe.learning_rate:g} (the gate's is {recipe.gate_pace:g} of it), weight decay {recipe.weight_decay:g}, "
+        f"{recipe.batch_size} answers a step, at most {recipe.epochs} epochs, seed {recipe.seed}; {ended}. {kept} "
+        f"({fit.kept.held_out})."
+        + (" Then it was trained again from the start on all problems, for as many epochs." if recipe.refit else "")
     )
 
 
