@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swift_kernels import features, files
+from swift_kernels import features, files, hub
 from swift_kernels.head import DTYPES, HeadConfig, SwiftHead, check_finite
 
 CONFIG_NAME = "config.json"
@@ -62,11 +62,11 @@ def save(head: SwiftHead, path: str | Path) -> None:
     files.write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = False, **hub: Any) -> SwiftHead:
+def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = False, **options: Any) -> SwiftHead:
     """Loads a head from a folder, by the name of one that ships with the package, or from the Hub.
 
-    With `model`, its fingerprint is compared with the one of the head, and the head is moved to its device. `hub` takes
-    what the Hub's download takes: revision, token, cache_dir and so on.
+    With `model`, its fingerprint is compared with the one of the head, and the head is moved to its device. `options`
+    are what the Hub's download takes: revision, token, cache_dir and so on.
 
     Raises:
         CheckpointError: a file is missing, truncated, has missing or extra keys, or holds non-finite weights.
@@ -78,7 +78,7 @@ def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = F
         raise CheckpointError(f"{path} is a pickle: load heads of the authors' code with SwiftHead.from_upstream")
     folder = next((place for place in (Path(path), PACKAGED_HEADS / path) if place.is_dir()), None)
     if folder is None:
-        folder = _download(str(path), **hub)
+        folder = _download(str(path), **options)
     config = _read_config(folder / CONFIG_NAME)
     _check_size(folder / WEIGHTS_NAME, config)
     head = SwiftHead(config)
@@ -91,15 +91,13 @@ def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = F
     return head
 
 
-def push(head: SwiftHead, repo_id: str, **hub: Any) -> str:
-    """Uploads `head` to the Hub (`hub`: token, private, revision, ...) and returns the address of the commit."""
+def push(head: SwiftHead, repo_id: str, **options: Any) -> str:
+    """Uploads `head` to the Hub (`options`: token, private, revision, ...) and returns the address of the commit."""
     import tempfile
 
-    api = _huggingface_hub().HfApi(token=hub.pop("token", None))
-    api.create_repo(repo_id, exist_ok=True, private=hub.pop("private", None))
     with tempfile.TemporaryDirectory() as folder:
         save(head, folder)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **hub))
+        return hub.upload(folder, repo_id, [CONFIG_NAME, WEIGHTS_NAME], **options)
 
 
 def load_upstream(
@@ -130,9 +128,9 @@ def load_upstream(
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: expected a .pt file of the authors' code") from None
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and was not loaded: {_first_line(error)}") from None
+        raise CheckpointError(f"{path} holds more than tensors and was not loaded: {hub.first_line(error)}") from None
     except Exception as error:  # unpickling damaged bytes can raise anything
-        raise CheckpointError(f"{path} cannot be read, is it truncated? {_first_line(error)}") from None
+        raise CheckpointError(f"{path} cannot be read, is it truncated? {hub.first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} holds a {type(tensors).__name__}: expected a state dict of tensors")
     gate = "fused_layer.weight" in tensors
@@ -275,7 +273,7 @@ def _read_config(path: Path) -> HeadConfig:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON, is it truncated? {_first_line(error)}") from None
+        raise CheckpointError(f"{path} is not JSON, is it truncated? {hub.first_line(error)}") from None
     if not isinstance(raw, dict) or raw.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(f"{path} is no head's config of format version {FORMAT_VERSION}")
     convention = raw.pop("layers_convention", LAYERS_CONVENTION)
@@ -310,7 +308,7 @@ def _read_weights(path: Path, head: SwiftHead) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: expected the head's weights") from None
     except Exception as error:  # safetensors raises its own Rust-side type, and OSError
-        raise CheckpointError(f"{path} cannot be read, is it truncated? {_first_line(error)}") from None
+        raise CheckpointError(f"{path} cannot be read, is it truncated? {hub.first_line(error)}") from None
     expected = head.state_dict()
     if set(tensors) != set(expected):
         missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
@@ -324,19 +322,15 @@ def _read_weights(path: Path, head: SwiftHead) -> dict[str, Tensor]:
     return tensors
 
 
-def _download(repo_id: str, **hub: Any) -> Path:
-    huggingface_hub = _huggingface_hub()
+def _download(repo_id: str, **options: Any) -> Path:
+    library = hub.library()
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **hub))
+        return Path(library.snapshot_download(repo_id, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **options))
     except Exception as error:
         raise CheckpointError(
             f"{repo_id} is neither a folder with {CONFIG_NAME} and {WEIGHTS_NAME} nor a repository of the Hub that can "
-            f"be downloaded: {_first_line(error)}"
+            f"be downloaded: {hub.first_line(error)}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _safetensors() -> Any:
@@ -345,11 +339,3 @@ def _safetensors() -> Any:
     except ImportError as error:
         raise ImportError("checkpoints need safetensors: pip install 'swift_kernels[hub]'") from error
     return safetensors.torch
-
-
-def _huggingface_hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError("the Hub needs huggingface_hub: pip install 'swift_kernels[hub]'") from error
-    return huggingface_hub

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +24,24 @@ def real_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     return _load("smollm2")
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A `FakeHub` that the library takes for the Hub, with the token of one who may write there."""
+    constants = pytest.importorskip("huggingface_hub").constants
+    from tests.fake_hub import TOKEN, FakeHub
+
+    server = FakeHub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def _load(name: str) -> tuple[Any, Any]:

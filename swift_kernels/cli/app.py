@@ -143,6 +143,7 @@ def train(
     keep: Annotated[str | None, typer.Option(help="Weights of the best or of the last epoch.")] = None,
     refit: Annotated[bool | None, typer.Option(help="Then train again on all problems, for as many epochs.")] = None,
     gate_pace: Annotated[float | None, typer.Option(help="Learning rate of the gate, relative to the rest.")] = None,
+    push: Annotated[str | None, typer.Option(help="Hub repository to upload the head and its card to.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -151,6 +152,7 @@ def train(
 
     A fit that was interrupted goes on after its last whole epoch when the same command is given again.
     """
+    from swift_kernels import hub
     from swift_kernels.cli import render
     from swift_kernels.training.recipe import get_recipe
     from swift_kernels.training.rollouts import read
@@ -180,6 +182,9 @@ def train(
     train_file = read(rollouts)
     test_file = None if test is None else read(test)
     selection = _parse_layers(layers)
+    if push is not None:
+        # Now, not when the work of hours could not be uploaded.
+        hub.check_access(push)
     options: dict[str, Any] = {
         "layers": selection,
         "gate": gate,
@@ -203,7 +208,13 @@ def train(
         lm, tokenizer = _load_model(model, device, dtype)
         options |= {"top_logprobs": top_logprobs, "on_the_fly": on_the_fly}
         result = train_head(lm, tokenizer, train_file, **options)
-    result.save(output)
+    result.save(output, push)
+    pushed, refusal = None, None
+    if push is not None:
+        try:
+            pushed = result.push(output, push)
+        except hub.HubError as error:
+            refusal = error
     parts: list[Any] = [
         f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, epoch "
         f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}",
@@ -215,7 +226,11 @@ def train(
         render.evaluation_table(shown, f"Best-of-N accuracy on {shown.problems} {title} problems"),
         render.evaluation_lines(shown),
     ]
-    render.emit({"output": str(output), **result.facts()}, as_json, *parts)
+    if pushed is not None:
+        parts.append(f"pushed: {pushed}")
+    render.emit({"output": str(output), "pushed": pushed, **result.facts()}, as_json, *parts)
+    if refusal is not None:
+        raise refusal
 
 
 @app.command(name="eval")

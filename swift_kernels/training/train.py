@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 
-from swift_kernels import files
-from swift_kernels.checkpoint import compare_model, fingerprint
+from swift_kernels import files, hub
+from swift_kernels.checkpoint import CONFIG_NAME, WEIGHTS_NAME, compare_model, fingerprint
 from swift_kernels.evaluation.evaluate import Evaluation, evaluate, score_rollouts
 from swift_kernels.head import SwiftHead
+from swift_kernels.integrations.models import hub_id
 from swift_kernels.progress import Progress
 from swift_kernels.training import card
 from swift_kernels.training.activations import Activations, Group, OnTheFly, collect
@@ -71,11 +73,23 @@ class TrainedHead:
             "test": None if self.test is None else self.test.to_dict(),
         }
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the checkpoint and its card; each file is replaced atomically."""
+    def save(self, folder: str | Path, repo_id: str | None = None) -> None:
+        """Writes the checkpoint and its card; each file is replaced atomically. `repo_id` is for the card."""
         self.head.save_pretrained(str(folder))
-        text = card.model_card(self.head.config, self.fit, self.recipe, self.data, self.validation, self.test)
+        text = card.model_card(self.head.config, self.fit, self.recipe, self.data, self.validation, self.test, repo_id)
         files.write_text(Path(folder) / CARD_NAME, text)
+
+    def push(self, folder: str | Path, repo_id: str) -> str:
+        """Uploads what `save` wrote to the Hub and returns the address of the commit.
+
+        Raises:
+            HubError: it failed; the message says how to push the folder later.
+        """
+        try:
+            return hub.upload(folder, repo_id, [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME])
+        except hub.HubError as error:
+            command = shlex.join(["hf", "upload", repo_id, str(folder)])
+            raise hub.HubError(f"{error}; {folder} is whole, `{command}` pushes it") from error
 
 
 def train_head(
@@ -218,6 +232,7 @@ def _data(
         "correct": sum(candidate.correct for candidate in candidates),
         "validation_problems": len(result.validation_keys),
         "model": model_name or (head.config.base_model or {}).get("name"),
+        "base_model": None if model_name is None else hub_id(model_name),
         "layout": None,
         "test_rollouts": None if test is None else test.path.name,
         "test_header": None if test is None else _without_model(test.header),
