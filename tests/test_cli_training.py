@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from swift_kernels import SwiftHead
 from tests import tiny
 from tests.fake_hub import FakeHub
 from tests.test_cli import assert_refused, rollout_args, run
+from tests.training.test_collection import LAUNCH
 
 
 class Made(NamedTuple):
@@ -104,3 +108,24 @@ class TestPush:
         assert last.endswith(f"; {head} is whole, `hf upload ada/my-head '{head}'` pushes it")
         SwiftHead.from_pretrained(str(head))
         assert fake_hub.files == {"ada/my-head": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["store", "model"])
+def test_of_two_processes_of_accelerate_one_trains_what_one_alone_trains(
+    tmp_path: Path, made: Made, source: str
+) -> None:
+    pytest.importorskip("accelerate")
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    for prefix, head in ((["swift_kernels"], alone), ([*LAUNCH, "swift_kernels"], shared)):
+        train = ["train", made.rollouts, "--output", head, "--epochs", "3", f"--{source}", getattr(made, source)]
+        done = subprocess.run(
+            [sys.executable, "-m", *prefix, *map(str, train)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("parameters, epoch") == 1
+    assert contents(shared) == contents(alone)

@@ -150,15 +150,19 @@ def train(
 ) -> None:
     """Train a head on rollouts: the model runs once over them, or not at all with --store.
 
-    A fit that was interrupted goes on after its last whole epoch when the same command is given again.
+    A fit that was interrupted goes on after its last whole epoch when the same command is given again. Under
+    `accelerate launch` the first process trains, as it would alone.
     """
-    from swift_kernels import hub
+    from swift_kernels import hub, processes
     from swift_kernels.cli import render
     from swift_kernels.training.recipe import get_recipe
     from swift_kernels.training.rollouts import read
     from swift_kernels.training.store import Store
     from swift_kernels.training.train import CHECKPOINT_NAME, train_head, train_stored_head
 
+    # The launcher waits for the first process; the others would run into the time limit of a barrier.
+    if not processes.join(device).is_first:
+        return
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
     chosen = get_recipe(

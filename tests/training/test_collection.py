@@ -289,6 +289,10 @@ def test_bad_sketches_are_refused(model: Any, sketch: str, message: str) -> None
         make_layout(model, "all", sketch=sketch)
 
 
+LAUNCH = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+
+
 def rollout_command(model: Path, folder: Path) -> list[str]:
     arguments = ["rollout", "--model", str(model), "--task", "sums", "--problems", "8", "--n", "2"]
     arguments += ["--max-new-tokens", "4", "--batch-size", "4", "--device", "cpu"]
@@ -300,9 +304,7 @@ def test_two_processes_of_accelerate_write_what_one_writes(tmp_path: Path) -> No
     pytest.importorskip("accelerate")
     model = tiny.save(tmp_path / "model")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-    for prefix, folder in ((["swift_kernels"], alone), ([*launch, "swift_kernels"], shared)):
+    for prefix, folder in ((["swift_kernels"], alone), ([*LAUNCH, "swift_kernels"], shared)):
         command = [sys.executable, "-m", *prefix, *rollout_command(model, folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
