@@ -114,9 +114,6 @@ def train(
     model: Annotated[str | None, typer.Option(help="As for rollout; not needed with --store.")] = None,
     store: Annotated[Path | None, typer.Option(help="Activations that `rollout --store` kept: no LLM runs.")] = None,
     test_store: Annotated[Path | None, typer.Option(help="Those of the --test rollouts.")] = None,
-    on_the_fly: Annotated[
-        bool, typer.Option(help="Run the model in every epoch, as the paper does, and keep nothing on the disk.")
-    ] = False,
     layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, logits, or top_logprobs.")] = "all",
     top_logprobs: Annotated[
         int | None, typer.Option(help="How many log-probabilities --layers top_logprobs reads; 20 if not given.")
@@ -200,8 +197,6 @@ def train(
         "note": render.note,
     }
     if store is not None:
-        if on_the_fly:
-            raise ValueError("--on-the-fly runs the model in every epoch, --store never: give one of them")
         if (test is None) != (test_store is None):
             raise ValueError("--test and --test-store belong together: give both, or evaluate later with `eval`")
         other = None if test_store is None else Store(test_store)
@@ -210,8 +205,7 @@ def train(
         raise ValueError("--model is missing: expected the model that wrote the answers, or --store")
     else:
         lm, tokenizer = _load_model(model, device, dtype)
-        options |= {"top_logprobs": top_logprobs, "on_the_fly": on_the_fly}
-        result = train_head(lm, tokenizer, train_file, **options)
+        result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, **options)
     result.save(output, push)
     pushed, refusal = None, None
     if push is not None:
@@ -221,8 +215,7 @@ def train(
             refusal = error
     parts: list[Any] = [
         f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, epoch "
-        f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}",
-        f"{result.llm_tokens:,} tokens were fed to the LLM for the fit",
+        f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}"
     ]
     title = "validation" if result.test is None else "test"
     shown = result.test or result.validation

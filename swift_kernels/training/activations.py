@@ -1,4 +1,4 @@
-"""The hidden states that training reads: computed once, kept in a temporary memory-mapped file, or anew when read."""
+"""The hidden states that training reads: computed once, kept in a temporary memory-mapped file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class Activations:
     Values are kept in the dtype in which the model computes them, so that a head is trained on what it will read;
     float16 would overflow on the massive activations that many models have. The file lies in the folder for
     temporary files (`TMPDIR`) and has no name once it is open: nothing is left behind, however the process ends.
-    `llm_tokens` is how many tokens were fed to the model for them.
     """
 
     def __init__(self, widths: Sequence[int], lengths: Sequence[int], dtype: torch.dtype) -> None:
@@ -50,7 +49,6 @@ class Activations:
             # An empty file cannot be mapped.
             mapped = torch.from_file(file.name, shared=True, size=elements, dtype=dtype) if size else torch.empty(0)
         self.values = mapped.view(tokens, sum(self.widths))
-        self.llm_tokens = 0
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +71,10 @@ def collect(
     on_progress: Callable[[int], None] | None = None,
 ) -> Activations:
     """Runs the model once over each prompt and its responses; `on_progress` is told how many prompts are done."""
-    lengths = _lengths(model, config, groups)
+    eos = eos_token_ids(model)
+    lengths = [
+        len(features.scored_tokens(response, eos, config.span)) for _, responses in groups for response in responses
+    ]
     dtype = next(model.parameters()).dtype if config.top_logprobs is None else torch.float32
     activations = Activations(config.widths, lengths, dtype)
     columns = torch.tensor([0, *config.widths]).cumsum(0).tolist()
@@ -83,53 +84,7 @@ def collect(
         def keep(places: Tensor, k: int, entry: Tensor, start: int = start) -> None:
             activations.values[start + places, columns[k] : columns[k + 1]] = entry.to(activations.values)
 
-        tokens = int(forward_responses(model, config, prompt, responses, keep, batch_size=batch_size)[-1])
-        start += tokens
-        activations.llm_tokens += len(prompt) + tokens
+        start += int(forward_responses(model, config, prompt, responses, keep, batch_size=batch_size)[-1])
         if on_progress is not None:
             on_progress(done)
     return activations
-
-
-class OnTheFly:
-    """As `Activations`, but nothing is kept: the model runs over the responses whenever they are read.
-
-    The way of arXiv 2505.12225, for what does not fit on a disk: every epoch costs a pass over the model.
-    """
-
-    def __init__(self, model: Any, config: HeadConfig, groups: Sequence[Group], *, batch_size: int = 16) -> None:
-        self.widths = config.widths
-        self.lengths = tuple(_lengths(model, config, groups))
-        self.llm_tokens = 0
-        self._model, self._config, self._groups, self._batch_size = model, config, groups, batch_size
-        self._places = [(group, own) for group, (_, responses) in enumerate(groups) for own in range(len(responses))]
-
-    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
-        """The packed hidden states, one `[tokens, width]` an entry, and `cu_seqlens` of the given responses."""
-        wanted = indices.tolist()
-        cu_seqlens = torch.tensor([0, *(self.lengths[index] for index in wanted)]).cumsum(0)
-        entries: dict[int, Tensor] = {}
-        members: dict[int, list[int]] = {}
-        for row, index in enumerate(wanted):
-            members.setdefault(self._places[index][0], []).append(row)
-        for group, rows in members.items():
-            prompt, responses = self._groups[group]
-            places = torch.cat([torch.arange(int(cu_seqlens[row]), int(cu_seqlens[row + 1])) for row in rows])
-
-            def keep(own: Tensor, k: int, entry: Tensor, places: Tensor = places) -> None:
-                values = entries.setdefault(k, entry.new_empty(int(cu_seqlens[-1]), entry.shape[1], device=device))
-                values[places[own]] = entry.to(device)
-
-            chosen = [responses[self._places[wanted[row]][1]] for row in rows]
-            forward_responses(self._model, self._config, prompt, chosen, keep, batch_size=self._batch_size)
-            self.llm_tokens += len(prompt) + len(places)
-        empty = [torch.empty(0, width, device=device) for width in self.widths]
-        return [entries.get(k, nothing) for k, nothing in enumerate(empty)], cu_seqlens
-
-
-def _lengths(model: Any, config: HeadConfig, groups: Sequence[Group]) -> list[int]:
-    """Scored tokens of each response."""
-    eos = eos_token_ids(model)
-    return [
-        len(features.scored_tokens(response, eos, config.span)) for _, responses in groups for response in responses
-    ]

@@ -18,7 +18,7 @@ from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.models import hub_id
 from swift_kernels.progress import Progress
 from swift_kernels.training import card
-from swift_kernels.training.activations import Activations, Group, OnTheFly, collect
+from swift_kernels.training.activations import Activations, Group, collect
 from swift_kernels.training.fit import Epoch, Example, Fit, Recipe, check_learnable, fit_heads
 from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutFile, tokenized
 from swift_kernels.training.standardize import StoredFeatures
@@ -48,7 +48,6 @@ class TrainedHead:
             it was refitted to all problems. A recipe that splits by candidate has trained on other answers to them.
         test: on the problems of the test rollouts, if there were any.
         data: what it was trained on.
-        llm_tokens: how many tokens were fed to the LLM for the fit.
     """
 
     head: SwiftHead
@@ -57,7 +56,6 @@ class TrainedHead:
     validation: Evaluation
     test: Evaluation | None
     data: dict[str, Any]
-    llm_tokens: int
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -68,7 +66,6 @@ class TrainedHead:
             "kept_epoch": self.fit.kept.number,
             "stopped_early": self.fit.stopped_early,
             "ridge_penalty": self.fit.penalty,
-            "llm_tokens": self.llm_tokens,
             "validation": self.validation.to_dict(),
             "test": None if self.test is None else self.test.to_dict(),
         }
@@ -104,14 +101,12 @@ def train_head(
     test: RolloutFile | None = None,
     model_name: str | None = None,
     checkpoint: Path | None = None,
-    on_the_fly: bool = False,
     progress: Progress,
     note: Callable[[str], None],
 ) -> TrainedHead:
     """Trains a head for `model` on stored rollouts, and evaluates it on those of other problems, if given.
 
-    `model_name`, for the card, is what the command line calls the model; `checkpoint` as in `fit_heads`. The model runs
-    over the rollouts once, and what the head reads is kept in a temporary file; `on_the_fly`, it runs in every epoch.
+    `model_name`, for the card, is what the command line calls the model; `checkpoint` as in `fit_heads`.
 
     Raises:
         NothingToLearnError: the answers are all right or all wrong, or there are too few problems.
@@ -129,13 +124,7 @@ def train_head(
     # Before the model runs over them: it may take hours.
     check_learnable([candidate.correct for item in items for candidate in item.candidates])
     head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task, top_logprobs=top_logprobs)
-    groups, examples = _groups(items)
-    activations: Activations | OnTheFly
-    if on_the_fly:
-        activations = OnTheFly(model, head.config, groups)
-    else:
-        with progress("hidden states", len(groups)) as update:
-            activations = collect(model, head.config, groups, on_progress=update)
+    activations, examples = _collect(model, head, items, progress)
     result, validation = _fit(head, activations, examples, items, recipe, checkpoint, progress, note)
     tested = None
     if test is not None:
@@ -144,7 +133,7 @@ def train_head(
             scores = score_rollouts(model, head, test_items, on_progress=update)
         tested = evaluate(test_items, scores)
     data = _data(head, rollouts, test, result, model_name)
-    return _trained(head, result, recipe, validation, tested, data, activations.llm_tokens)
+    return _trained(head, result, recipe, validation, tested, data)
 
 
 def train_stored_head(
@@ -193,7 +182,7 @@ def train_stored_head(
         "stores": [store.path.name, test_store and test_store.path.name],
     }
     data["layout"] = asdict(store.layout)
-    return _trained(unsketched(head, store), result, recipe, validation, tested, data, 0)
+    return _trained(unsketched(head, store), result, recipe, validation, tested, data)
 
 
 def _fit(
@@ -247,7 +236,6 @@ def _trained(
     validation: Evaluation,
     tested: Evaluation | None,
     data: dict[str, Any],
-    llm_tokens: int,
 ) -> TrainedHead:
     metrics = {
         "best_epoch": result.best.number,
@@ -256,7 +244,7 @@ def _trained(
         "validation": _summary(validation),
         **({} if tested is None else {"test": _summary(tested)}),
     }
-    return TrainedHead(head.with_config(metrics=metrics), result, recipe, validation, tested, data, llm_tokens)
+    return TrainedHead(head.with_config(metrics=metrics), result, recipe, validation, tested, data)
 
 
 def check_same_model(rollouts: RolloutFile, model: Any) -> None:
@@ -286,8 +274,10 @@ def check_disjoint(rollouts: RolloutFile, test: RolloutFile) -> None:
         )
 
 
-def _groups(items: Sequence[Rollout]) -> tuple[list[Group], list[Example]]:
-    """The distinct answers to each problem, and an example for each candidate in order."""
+def _collect(
+    model: Any, head: SwiftHead, items: Sequence[Rollout], progress: Progress
+) -> tuple[Activations, list[Example]]:
+    """The features of the distinct answers to each problem, and an example for each candidate in order."""
     groups: list[Group] = []
     examples = []
     first = 0
@@ -298,7 +288,8 @@ def _groups(items: Sequence[Rollout]) -> tuple[list[Group], list[Example]]:
             examples.append(Example(response, candidate.correct, item.key))
         groups.append((item.prompt_token_ids or [], list(distinct)))
         first += len(distinct)
-    return groups, examples
+    with progress("hidden states", len(groups)) as update:
+        return collect(model, head.config, groups, on_progress=update), examples
 
 
 @torch.no_grad()

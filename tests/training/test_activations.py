@@ -9,7 +9,7 @@ import torch
 
 from swift_kernels import SwiftHead
 from swift_kernels.training import activations as activations_module
-from swift_kernels.training.activations import OnTheFly, collect
+from swift_kernels.training.activations import collect
 from tests.training.data import separable
 
 
@@ -39,25 +39,6 @@ class TestActivations:
             for entry, expected in zip(entries, whole, strict=True):
                 # Padding changes the order of additions in attention.
                 torch.testing.assert_close(entry, expected[0, span], rtol=1e-5, atol=1e-5)
-
-    @pytest.mark.parametrize("layers", ["all", [0, -1], "logits", "top_logprobs"], ids=str)
-    def test_on_the_fly_are_those_that_would_be_kept(self, model: Any, layers: Any) -> None:
-        config = SwiftHead.for_model(model, layers).config
-        groups = [([5, 6, 7], [[8, 9, 10, 1], [8, 11], [12, 13, 14, 15]]), ([11], [[16]]), ([17, 18], [[19], [20, 21]])]
-        kept, anew = collect(model, config, groups), OnTheFly(model, config, groups)
-        assert (anew.lengths, anew.widths) == (kept.lengths, kept.widths)
-        # Each prompt, and the scored tokens of its answers.
-        assert kept.llm_tokens == 3 + 7 + 1 + 2 + 1
-        assert anew.llm_tokens == 0
-        for indices, fed in (([5, 1, 0, 2], 2 + 1 + 3 + 7), ([2, 2], 3 + 6), ([3, 4], 1 + 2)):
-            before = anew.llm_tokens
-            values, cu_seqlens = anew.batch(torch.tensor(indices))
-            expected, lengths = kept.batch(torch.tensor(indices))
-            assert torch.equal(cu_seqlens, lengths)
-            assert anew.llm_tokens - before == fed
-            for value, other in zip(values, expected, strict=True):
-                # Padding changes the order of additions in attention.
-                torch.testing.assert_close(value, other.to(value), rtol=1e-5, atol=1e-5)
 
     def test_keep_the_dtype_of_the_model(self, model: Any) -> None:
         import copy
