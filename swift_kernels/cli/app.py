@@ -114,6 +114,9 @@ def train(
     model: Annotated[str | None, typer.Option(help="As for rollout; not needed with --store.")] = None,
     store: Annotated[Path | None, typer.Option(help="Activations that `rollout --store` kept: no LLM runs.")] = None,
     test_store: Annotated[Path | None, typer.Option(help="Those of the --test rollouts.")] = None,
+    on_the_fly: Annotated[
+        bool, typer.Option("--on-the-fly", help="Run the model again in every epoch: for what fits on no disk.")
+    ] = False,
     layers: Annotated[str, typer.Option(help="all, indices such as 16,24 or -4,-1, logits, or top_logprobs.")] = "all",
     top_logprobs: Annotated[
         int | None, typer.Option(help="How many log-probabilities --layers top_logprobs reads; 20 if not given.")
@@ -145,7 +148,7 @@ def train(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Train a head on rollouts: the model runs once over them, or not at all with --store.
+    """Train a head on rollouts: the model runs once over them, not at all with --store, every epoch --on-the-fly.
 
     A fit that was interrupted goes on after its last whole epoch when the same command is given again. Under
     `accelerate launch` the first process trains, as it would alone.
@@ -197,6 +200,8 @@ def train(
         "note": render.note,
     }
     if store is not None:
+        if on_the_fly:
+            raise ValueError("--on-the-fly runs the model in every epoch, --store spares it: give one of them")
         if (test is None) != (test_store is None):
             raise ValueError("--test and --test-store belong together: give both, or evaluate later with `eval`")
         other = None if test_store is None else Store(test_store)
@@ -205,7 +210,7 @@ def train(
         raise ValueError("--model is missing: expected the model that wrote the answers, or --store")
     else:
         lm, tokenizer = _load_model(model, device, dtype)
-        result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, **options)
+        result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, on_the_fly=on_the_fly, **options)
     result.save(output, push)
     pushed, refusal = None, None
     if push is not None:
@@ -215,7 +220,8 @@ def train(
             refusal = error
     parts: list[Any] = [
         f"{output}: {result.head.config.num_outputs * (result.head.config.num_features + 1):,} parameters, epoch "
-        f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}"
+        f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}",
+        f"tokens fed to the LLM for the features of the fit: {result.llm_tokens:,}",
     ]
     title = "validation" if result.test is None else "test"
     shown = result.test or result.validation

@@ -35,12 +35,14 @@ def forward_responses(
     consume: Callable[[Tensor, int, Tensor], None],
     *,
     batch_size: int = 16,
+    on_fed: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Hands over the scored tokens' features, entry by entry, a batch of responses at a time; keeps none.
 
     Args:
         consume: called with the indices of a batch's scored tokens among those of all responses, with k, and with the
             k-th selected entry, `[tokens, width]`, of those tokens.
+        on_fed: told, for each forward, how many tokens it was fed, padding left out.
 
     Returns:
         int64 `[responses + 1]` cumulative numbers of scored tokens.
@@ -61,6 +63,8 @@ def forward_responses(
     device = next(model.parameters()).device
     options = {"use_cache": True, **forward_options(model, config.features)}
     prompt_cache = model(input_ids=torch.tensor([list(prompt)], device=device), **options).past_key_values
+    if on_fed is not None:
+        on_fed(len(prompt))
     # Of like length together: a forward is as long as its longest response.
     live.sort(key=lambda index: scored[index][-1])
     for start in range(0, len(live), batch_size):
@@ -68,9 +72,9 @@ def forward_responses(
         last = start + batch_size >= len(live)
         cache = prompt_cache if last else copy.deepcopy(prompt_cache)
         cache.batch_repeat_interleave(len(batch))
-        longest = max(scored[index][-1] + 1 for index in batch)
+        fed = [list(responses[index][: scored[index][-1] + 1]) for index in batch]
+        longest = max(map(len, fed))
         # Padding on the right follows what is scored, and cannot reach it.
-        fed = [list(responses[index][:longest]) for index in batch]
         token_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in fed], device=device)
         rows = torch.tensor([row for row, index in enumerate(batch) for _ in scored[index]], device=device)
         columns = torch.tensor([token for index in batch for token in scored[index]], device=device)
@@ -89,6 +93,8 @@ def forward_responses(
 
         with features.tap(model, config.features, config.layers, hand_over):
             model(input_ids=token_ids, past_key_values=cache, **options)
+        if on_fed is not None:
+            on_fed(sum(map(len, fed)))
     return cu_seqlens
 
 

@@ -190,7 +190,7 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
             ]
     layers = _selection(config)
     test = "" if data["test_rollouts"] is None else f" --test {data['test_rollouts']}"
-    where = f"--model {data['model']}"
+    where = f"--model {data['model']}" + (" --on-the-fly" if data["on_the_fly"] else "")
     if stores[0] is not None:
         where += f" --store {stores[0]}" + ("" if stores[1] is None else f" --test-store {stores[1]}")
     return [

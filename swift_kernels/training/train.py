@@ -18,9 +18,10 @@ from swift_kernels.head import SwiftHead
 from swift_kernels.integrations.models import hub_id
 from swift_kernels.progress import Progress
 from swift_kernels.training import card
-from swift_kernels.training.activations import Activations, Group, collect
-from swift_kernels.training.fit import Epoch, Example, Fit, Recipe, check_learnable, fit_heads
+from swift_kernels.training.activations import Activations, Group, OnTheFly, collect, scored_lengths
+from swift_kernels.training.fit import Epoch, Example, Fit, Recipe, fit_heads
 from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutFile, tokenized
+from swift_kernels.training.split import split_examples
 from swift_kernels.training.standardize import StoredFeatures
 from swift_kernels.training.store import Store
 from swift_kernels.training.stored import (
@@ -48,6 +49,7 @@ class TrainedHead:
             it was refitted to all problems. A recipe that splits by candidate has trained on other answers to them.
         test: on the problems of the test rollouts, if there were any.
         data: what it was trained on.
+        llm_tokens: how many tokens the LLM was fed in this run for the features of the fit; a test is left out.
     """
 
     head: SwiftHead
@@ -56,6 +58,7 @@ class TrainedHead:
     validation: Evaluation
     test: Evaluation | None
     data: dict[str, Any]
+    llm_tokens: int = 0
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -66,6 +69,7 @@ class TrainedHead:
             "kept_epoch": self.fit.kept.number,
             "stopped_early": self.fit.stopped_early,
             "ridge_penalty": self.fit.penalty,
+            "llm_tokens": self.llm_tokens,
             "validation": self.validation.to_dict(),
             "test": None if self.test is None else self.test.to_dict(),
         }
@@ -101,12 +105,14 @@ def train_head(
     test: RolloutFile | None = None,
     model_name: str | None = None,
     checkpoint: Path | None = None,
+    on_the_fly: bool = False,
     progress: Progress,
     note: Callable[[str], None],
 ) -> TrainedHead:
     """Trains a head for `model` on stored rollouts, and evaluates it on those of other problems, if given.
 
-    `model_name`, for the card, is what the command line calls the model; `checkpoint` as in `fit_heads`.
+    `model_name`, for the card, is what the command line calls the model; `checkpoint` as in `fit_heads`. The model runs
+    once over the answers, or, `on_the_fly`, again in every epoch, and then its features are kept nowhere.
 
     Raises:
         NothingToLearnError: the answers are all right or all wrong, or there are too few problems.
@@ -121,10 +127,17 @@ def train_head(
     if test is not None:
         check_disjoint(rollouts, test)
     items = tokenized(rollouts.rollouts, tokenizer)
-    # Before the model runs over them: it may take hours.
-    check_learnable([candidate.correct for item in items for candidate in item.candidates])
     head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task, top_logprobs=top_logprobs)
-    activations, examples = _collect(model, head, items, progress)
+    groups, examples = _distinct(items)
+    # What cannot be learnt is said before the model runs over the answers: that may take hours.
+    lengths = scored_lengths(model, head.config, groups)
+    split_examples([example for example in examples if lengths[example.response]], recipe)
+    activations: Activations | OnTheFly
+    if on_the_fly:
+        activations = OnTheFly(model, head.config, groups)
+    else:
+        with progress("hidden states", len(groups)) as update:
+            activations = collect(model, head.config, groups, on_progress=update)
     result, validation = _fit(head, activations, examples, items, recipe, checkpoint, progress, note)
     tested = None
     if test is not None:
@@ -132,8 +145,8 @@ def train_head(
         with progress("test", len(test_items)) as update:
             scores = score_rollouts(model, head, test_items, on_progress=update)
         tested = evaluate(test_items, scores)
-    data = _data(head, rollouts, test, result, model_name)
-    return _trained(head, result, recipe, validation, tested, data)
+    data = {**_data(head, rollouts, test, result, model_name), "on_the_fly": on_the_fly}
+    return _trained(head, result, recipe, validation, tested, data, activations.llm_tokens)
 
 
 def train_stored_head(
@@ -223,6 +236,7 @@ def _data(
         "model": model_name or (head.config.base_model or {}).get("name"),
         "base_model": None if model_name is None else hub_id(model_name),
         "layout": None,
+        "on_the_fly": False,
         "test_rollouts": None if test is None else test.path.name,
         "test_header": None if test is None else _without_model(test.header),
         "test_problems": None if test is None else len(test.rollouts),
@@ -236,6 +250,7 @@ def _trained(
     validation: Evaluation,
     tested: Evaluation | None,
     data: dict[str, Any],
+    llm_tokens: int = 0,
 ) -> TrainedHead:
     metrics = {
         "best_epoch": result.best.number,
@@ -244,7 +259,7 @@ def _trained(
         "validation": _summary(validation),
         **({} if tested is None else {"test": _summary(tested)}),
     }
-    return TrainedHead(head.with_config(metrics=metrics), result, recipe, validation, tested, data)
+    return TrainedHead(head.with_config(metrics=metrics), result, recipe, validation, tested, data, llm_tokens)
 
 
 def check_same_model(rollouts: RolloutFile, model: Any) -> None:
@@ -274,10 +289,8 @@ def check_disjoint(rollouts: RolloutFile, test: RolloutFile) -> None:
         )
 
 
-def _collect(
-    model: Any, head: SwiftHead, items: Sequence[Rollout], progress: Progress
-) -> tuple[Activations, list[Example]]:
-    """The features of the distinct answers to each problem, and an example for each candidate in order."""
+def _distinct(items: Sequence[Rollout]) -> tuple[list[Group], list[Example]]:
+    """The distinct answers to each problem, and an example for each candidate in order."""
     groups: list[Group] = []
     examples = []
     first = 0
@@ -288,8 +301,7 @@ def _collect(
             examples.append(Example(response, candidate.correct, item.key))
         groups.append((item.prompt_token_ids or [], list(distinct)))
         first += len(distinct)
-    with progress("hidden states", len(groups)) as update:
-        return collect(model, head.config, groups, on_progress=update), examples
+    return groups, examples
 
 
 @torch.no_grad()
@@ -306,8 +318,9 @@ def _evaluate_activations(
         own = [next(remaining) for _ in item.candidates]
         if item.key in keys:
             chosen.append(item)
-            responses = torch.tensor([example.response for example in own])
-            scores.append(head(*activations.batch(responses, head.weight.device)).tolist())
+            # Equal answers are one response, which is read once: it may be the LLM that computes it.
+            distinct, place = torch.tensor([example.response for example in own]).unique(return_inverse=True)
+            scores.append(head(*activations.batch(distinct, head.weight.device))[place].tolist())
     return evaluate(chosen, scores)
 
 

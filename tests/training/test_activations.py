@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import namedtuple
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from swift_kernels import SwiftHead
 from swift_kernels.training import activations as activations_module
-from swift_kernels.training.activations import collect
+from swift_kernels.training.activations import OnTheFly, collect
 from tests.training.data import separable
 
 
@@ -65,3 +66,42 @@ class TestActivations:
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
         with pytest.raises(ValueError, match="set TMPDIR to a larger folder"):
             separable()
+
+
+class TestOnTheFly:
+    GROUPS = (([5, 6, 7], [[8, 9, 10, 1], [8, 11], [12, 13, 14, 15]]), ([11], [[16]]), ([17, 18], [[19], [20, 21]]))
+
+    @pytest.mark.parametrize("layers", ["all", [0, -1], "logits", "top_logprobs"], ids=str)
+    def test_gives_what_is_kept_without_it(self, model: Any, layers: Any) -> None:
+        head = SwiftHead.for_model(model, layers)
+        kept = collect(model, head.config, self.GROUPS)
+        computed = OnTheFly(model, head.config, self.GROUPS, batch_size=2)
+        assert (computed.widths, computed.lengths) == (kept.widths, kept.lengths)
+        # Out of order, twice, of several prompts, and without a scored token.
+        for indices in ([0], [5, 2, 0, 3], [1, 1], [3]):
+            expected, cu_seqlens = kept.batch(torch.tensor(indices))
+            found, lengths = computed.batch(torch.tensor(indices))
+            assert torch.equal(lengths, cu_seqlens)
+            for entry, wanted in zip(found, expected, strict=True):
+                assert entry.dtype == wanted.dtype
+                # Other answers in a batch change the order of additions in attention.
+                torch.testing.assert_close(entry, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_feeds_a_prompt_once_a_batch_and_no_more_than_is_scored(self, model: Any) -> None:
+        config = SwiftHead.for_model(model, [1]).config
+        fed: list[int] = []
+        # No prompt or answer holds the padding token, 0.
+        hook = model.register_forward_pre_hook(
+            lambda _module, _args, inputs: fed.append(int((inputs["input_ids"] != 0).sum())), with_kwargs=True
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(hook.remove)
+            computed = OnTheFly(model, config, self.GROUPS)
+            assert computed.llm_tokens == 0
+            computed.batch(torch.tensor([0, 5, 2]))
+            assert computed.llm_tokens == sum(fed) == (3 + 3 + 3) + (2 + 1)
+            computed.batch(torch.tensor([2, 3]))
+            assert computed.llm_tokens == sum(fed) == 12 + (3 + 3)
+            fed.clear()
+            kept = collect(model, config, self.GROUPS)
+            assert kept.llm_tokens == sum(fed) == (3 + 3 + 1 + 3) + (2 + 1)
