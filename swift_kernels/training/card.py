@@ -123,6 +123,7 @@ def _recipe(recipe: Recipe, fit: Fit) -> str:
         if fit.stopped_early
         else f"it ran all {fit.history[-1].number} epochs"
     )
+    pace = "" if recipe.gate_pace == 1 else f" (the gate's is {recipe.gate_pace:g} of it)"
     kept = f"The weights are those of epoch {fit.kept.number}"
     if fit.kept.number == 0:
         kept += ", the start itself"
@@ -132,7 +133,7 @@ def _recipe(recipe: Recipe, fit: Fit) -> str:
         kept += f", the last; epoch {fit.best.number} had the best {watched}"
     return (
         f"{features}; {start}; {_LOSSES[recipe.loss]} on the pooled scores; AdamW, learning rate "
-        f"{recipe.learning_rate:g} (the gate's is {recipe.gate_pace:g} of it), weight decay {recipe.weight_decay:g}, "
+        f"{recipe.learning_rate:g}{pace}, weight decay {recipe.weight_decay:g}, "
         f"{recipe.batch_size} answers a step, at most {recipe.epochs} epochs, seed {recipe.seed}; {ended}. {kept} "
         f"({fit.kept.held_out})."
         + (" Then it was trained again from the start on all problems, for as many epochs." if recipe.refit else "")
