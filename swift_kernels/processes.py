@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+
+LONGEST_WAIT = timedelta(days=7)
+"""What one process has left to do while the others wait may take hours; by default they would give up after minutes."""
 
 
 def _nothing() -> None:
@@ -36,5 +40,5 @@ def join(device: str | None = None) -> Processes:
         return Processes()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone)
