@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def leftovers(path: str | os.PathLike[str]) -> list[Path]:
+    """The temporary files of `path` that killed processes left behind, and those that are being written."""
+    target = Path(path).resolve()
+    return list(target.parent.glob(f".{glob.escape(target.name)}.*.tmp"))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

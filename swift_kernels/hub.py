@@ -32,9 +32,10 @@ def check_access(repo_id: str) -> None:
     """
     hub = library()
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        hub.utils.validate_repo_id(repo_id)
+        validate_repo_id(repo_id)
         user = hub.HfApi().whoami()
     except HFValidationError as error:
         raise AccessError(f"{repo_id!r} is no name for a repository of the Hub: {first_line(error)}") from None

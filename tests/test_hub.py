@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -71,3 +74,14 @@ def test_names_of_models_on_the_hub(tmp_path: Path) -> None:
     assert hub_id("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
     assert hub_id("gpt2") == "gpt2"
     assert [hub_id(name) for name in (str(tmp_path), "model.gguf", "/nowhere/model", "../model")] == [None] * 4
+
+
+def test_without_a_token_the_library_itself_is_asked(tmp_path: Path) -> None:
+    # In a process of its own: elsewhere other imports have loaded what the library loads when it is used.
+    code = "from swift_kernels import hub; hub.check_access('someone/head')"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment.pop("HF_TOKEN", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (
+        "AccessError: someone/head cannot be pushed to without a token of the Hub: run `hf auth login`" in done.stderr
+    )

@@ -175,7 +175,7 @@ def fit_heads(
     for sweep in sweeps.values():
         sweep.finish()
     if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+        resume.remove(checkpoint)
     return [fits[index] for index in range(len(heads))]
 
 

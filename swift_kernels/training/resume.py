@@ -26,6 +26,12 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], identity
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, header)
 
 
+def remove(path: Path) -> None:
+    """Removes the state of a fit that has ended, and what killed runs wrote of it by half."""
+    for file in (path, *files.leftovers(path)):
+        file.unlink(missing_ok=True)
+
+
 def load(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The state that `save` wrote, None where there is no file.
 

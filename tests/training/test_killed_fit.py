@@ -74,3 +74,5 @@ def test_killed_ten_times_it_ends_as_if_it_had_not_been(model: Any, tokenizer: A
     subprocess.run([*command, "--output", str(killed)], check=True, capture_output=True, env=environment)
     for name in ("model.safetensors", "config.json", "README.md"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    # Nor is anything left of what a killed run was writing.
+    assert {path.name for path in killed.iterdir()} == {path.name for path in whole.iterdir()}
