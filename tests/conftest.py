@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,49 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny model, as the command line loads it."""
+    from tests import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def head_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    from swift_kernels import SwiftHead
+    from swift_kernels.integrations.models import load_model
+
+    folder = tmp_path_factory.mktemp("head")
+    torch.manual_seed(0)
+    SwiftHead.for_model(load_model(str(model_folder))[0]).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rollouts(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """Graded answers that a head can learn to tell apart; the header is that of a real run of this model."""
+    from swift_kernels.cli import main
+    from swift_kernels.integrations.models import load_model
+    from swift_kernels.training.rollouts import Response, Rollout, RolloutWriter, read
+    from tests.commands import rollout_args
+
+    path = tmp_path_factory.mktemp("rollouts") / "r.jsonl"
+    assert main(rollout_args(model_folder, path, problems=1)) == 0
+    header = read(path).header
+    path.unlink()
+    _, tokenizer = load_model(str(model_folder))
+    with RolloutWriter(path, header) as writer:
+        for number in range(12):
+            prompt = f"Problem {number}:"
+            answers = []
+            for index in range(4):
+                text = ("yes" if index % 2 else "no") + str((number + index) % 10)
+                answers.append(Response(tokenizer(text)["input_ids"], text, False, index % 2 == 1, text))
+            writer.write(Rollout(str(number), str(number), prompt, "y", tokenizer(prompt)["input_ids"], answers))
+    return path
 
 
 def _load(name: str) -> tuple[Any, Any]:

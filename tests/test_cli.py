@@ -17,65 +17,11 @@ import torch
 pytest.importorskip("typer")
 
 from swift_kernels import SwiftHead, files
-from swift_kernels.cli import main
-from swift_kernels.integrations.models import load_model
 from swift_kernels.training import resume
 from swift_kernels.training.recipe import RECIPES
-from swift_kernels.training.rollouts import Response, Rollout, RolloutWriter, read
+from swift_kernels.training.rollouts import read
 from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save(tmp_path_factory.mktemp("tiny") / "tiny-llama")
-
-
-@pytest.fixture(scope="module")
-def head_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("head")
-    torch.manual_seed(0)
-    SwiftHead.for_model(load_model(str(model_folder))[0]).save_pretrained(str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def rollouts(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
-    """Graded answers that a head can learn to tell apart; the header is that of a real run of this model."""
-    path = tmp_path_factory.mktemp("rollouts") / "r.jsonl"
-    assert main(rollout_args(model_folder, path, problems=1)) == 0
-    header = read(path).header
-    path.unlink()
-    _, tokenizer = load_model(str(model_folder))
-    with RolloutWriter(path, header) as writer:
-        for number in range(12):
-            prompt = f"Problem {number}:"
-            answers = []
-            for index in range(4):
-                text = ("yes" if index % 2 else "no") + str((number + index) % 10)
-                answers.append(Response(tokenizer(text)["input_ids"], text, False, index % 2 == 1, text))
-            writer.write(Rollout(str(number), str(number), prompt, "y", tokenizer(prompt)["input_ids"], answers))
-    return path
-
-
-def rollout_args(model: Path, output: Path, problems: int = 4, **options: Any) -> list[str]:
-    given = {"model": model, "task": "sums", "output": output, "problems": problems, "n": 3, "max-new-tokens": 6}
-    return ["rollout", *(part for name, value in {**given, **options}.items() for part in (f"--{name}", str(value)))]
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    capsys.readouterr()
-    code = main([str(argument) for argument in args])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def assert_refused(result: tuple[int, str, str], message: str, code: int = 2) -> None:
-    """The exit code, one line on stderr that says why, and nothing on stdout."""
-    assert result[0] == code, result
-    assert result[1] == ""
-    assert message in result[2]
-    assert result[2].count("\n") == 1
-    assert result[2].startswith("swift-kernels: ")
+from tests.commands import assert_refused, rollout_args, run
 
 
 class TestCommand:

@@ -452,8 +452,11 @@ def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
     return checkpoint.load(name, model=model, allow_mismatch=allow_mismatch)
 
 
+_SOURCES = "all, logits, top_logprobs or "
+
+
 def _parse_layers(text: str) -> str | list[int]:
-    return text if text in ("all", "logits", "top_logprobs") else _parse_integers("--layers", text)
+    return text if text in ("all", "logits", "top_logprobs") else _parse_integers("--layers", text, _SOURCES)
 
 
 def _parse_sources(text: str) -> list[str | int]:
@@ -461,14 +464,16 @@ def _parse_sources(text: str) -> list[str | int]:
     parts = text.split(",")
     layers = [part for part in parts if part not in ("logits", "top_logprobs")]
     sources = [part for part in parts if part not in layers]
-    return [*(layers if layers in ([], ["all"]) else _parse_integers("--store-layers", ",".join(layers))), *sources]
+    indices = ",".join(layers)
+    return [*(layers if layers in ([], ["all"]) else _parse_integers("--store-layers", indices, _SOURCES)), *sources]
 
 
-def _parse_integers(option: str, text: str) -> list[int]:
+def _parse_integers(option: str, text: str, others: str = "") -> list[int]:
+    """`others` names what may stand there instead, for the message."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} is {text!r}: expected integers separated by commas") from None
+        raise ValueError(f"{option} is {text!r}: expected {others}integers separated by commas") from None
 
 
 def _at_least(option: str, value: int, least: int) -> None:

@@ -7,6 +7,7 @@ that was killed continues where it stopped. Files of the authors' code are read 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -226,12 +227,12 @@ def _check_header(row: dict[str, Any], place: str) -> dict[str, Any]:
 def _rollout(row: dict[str, Any]) -> Rollout:
     candidates = [
         Response(
-            token_ids=_token_ids(candidate["token_ids"], "token_ids"),
+            token_ids=_token_ids(_typed(candidate, dict, "a candidate")["token_ids"], "token_ids"),
             text=_typed(candidate["text"], str, "text"),
             finished=_typed(candidate["finished"], bool, "finished"),
             correct=_typed(candidate["correct"], bool, "correct"),
             answer=None if candidate["answer"] is None else _typed(candidate["answer"], str, "answer"),
-            confidence=None if candidate.get("confidence") is None else Confidence(**candidate["confidence"]),
+            confidence=_confidence(candidate.get("confidence"), candidate["token_ids"]),
         )
         for candidate in _typed(row["candidates"], list, "candidates")
     ]
@@ -245,6 +246,21 @@ def _rollout(row: dict[str, Any]) -> Rollout:
         prompt_token_ids=_token_ids(row["prompt_token_ids"], "prompt_token_ids"),
         candidates=candidates,
     )
+
+
+def _confidence(value: Any, token_ids: list[int] | None) -> Confidence | None:
+    if value is None:
+        return None
+    lists = {name: _typed(value, dict, "confidence")[name] for name in ("logprobs", "entropies", "self_certainties")}
+    for name, numbers in lists.items():
+        # JSON as Python reads it has NaN and infinity, which the mean of an answer would be too.
+        if not isinstance(numbers, list) or any(type(n) not in (int, float) or not abs(n) < math.inf for n in numbers):
+            raise TypeError(f"confidence: {name} is not a list of numbers")
+        if len(numbers) != len(token_ids or ()):
+            raise TypeError(
+                f"confidence: {name} has {len(numbers)} numbers for {len(token_ids or ())} token ids: expected one each"
+            )
+    return Confidence(**lists)
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:

@@ -21,7 +21,7 @@ from swift_kernels.training import card
 from swift_kernels.training.activations import Activations, Group, OnTheFly, collect, scored_lengths
 from swift_kernels.training.fit import Epoch, Example, Fit, Recipe, fit_heads
 from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutFile, tokenized
-from swift_kernels.training.split import split_examples
+from swift_kernels.training.split import check_learnable, split_examples
 from swift_kernels.training.standardize import StoredFeatures
 from swift_kernels.training.store import Store
 from swift_kernels.training.stored import (
@@ -127,9 +127,10 @@ def train_head(
     if test is not None:
         check_disjoint(rollouts, test)
     items = tokenized(rollouts.rollouts, tokenizer)
+    # What cannot be learnt is said before the model runs over the answers: that may take hours.
+    check_learnable([candidate.correct for item in items for candidate in item.candidates])
     head = SwiftHead.for_model(model, layers, gate=gate, task=rollouts.task, top_logprobs=top_logprobs)
     groups, examples = _distinct(items)
-    # What cannot be learnt is said before the model runs over the answers: that may take hours.
     lengths = scored_lengths(model, head.config, groups)
     split_examples([example for example in examples if lengths[example.response]], recipe)
     activations: Activations | OnTheFly

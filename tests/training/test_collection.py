@@ -210,8 +210,9 @@ def test_answers_of_other_batches_are_stored_by_a_second_pass(model: Any, tokeni
     collect(replace(job, store=None, layout=None))
     lines = job.output.read_text().splitlines()
     # As if another machine's rounding had sampled otherwise.
-    changed = [line.replace('"token_ids":[', '"token_ids":[9,', 1) for line in lines]
-    job.output.write_text("\n".join(changed) + "\n")
+    for name, value in {"token_ids": 9, "logprobs": -1, "entropies": 1, "self_certainties": 1}.items():
+        lines = [line.replace(f'"{name}":[', f'"{name}":[{value},', 1) for line in lines]
+    job.output.write_text("\n".join(lines) + "\n")
     notes = collect(job)
     assert "generated in other batches" in notes[1]
     store = Store(job.store)

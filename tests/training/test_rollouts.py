@@ -109,6 +109,12 @@ def test_a_line_that_cannot_be_written_leaves_no_part(
     assert [rollout.id for rollout in read(path).rollouts] == ["a", "b"]
 
 
+def confident(**changes: Any) -> str:
+    """A line whose first answer, of three tokens, has confidences."""
+    confidence = {"logprobs": [-0.1] * 3, "entropies": [0.1] * 3, "self_certainties": [0.1] * 3, **changes}
+    return broken(candidates=[{**asdict(item("b").candidates[0]), "confidence": confidence}])
+
+
 def broken(**changes: Any) -> str:
     return json.dumps({**asdict(item("b")), **changes})
 
@@ -125,10 +131,21 @@ def broken(**changes: Any) -> str:
         (broken(prompt_token_ids=[1.5]), "prompt_token_ids is not a list of token ids"),
         (broken(candidates=[{**asdict(item("b").candidates[0]), "correct": "yes"}]), "correct is a str: expected bool"),
         (broken(candidates=[{**asdict(item("b").candidates[0]), "token_ids": [-1]}]), "token_ids is not a list"),
+        (broken(candidates=["yes"]), "a candidate is a str: expected dict"),
+        (confident(logprobs=[0.1, 0.2]), "confidence: logprobs has 2 numbers for 3 token ids: expected one each"),
+        (confident(entropies=[0.1] * 4), "confidence: entropies has 4 numbers for 3 token ids"),
+        (confident(logprobs=[0.1, "high", 0.2]), "confidence: logprobs is not a list of numbers"),
+        (confident(logprobs=[0.1, True, 0.2]), "confidence: logprobs is not a list of numbers"),
+        (confident(logprobs=[0.1, float("nan"), 0.2]), "confidence: logprobs is not a list of numbers"),
+        (confident(entropies=0.1), "confidence: entropies is not a list of numbers"),
+        (broken(candidates=[{**asdict(item("b").candidates[0]), "confidence": {"logprobs": []}}]), "no 'entropies'"),
         (broken(id="a"), "problem 'a' is in the file twice"),
     ],
-    ids=["json", "list", "missing", "empty", "text", "prompt", "prompt-ids", "label", "ids", "twice"],
-)
+    ids=[
+        "json", "list", "missing", "empty", "text", "prompt", "prompt-ids", "label", "ids", "candidate", "short",
+        "long", "words", "booleans", "nan", "number", "no-list", "twice",
+    ],
+)  # fmt: skip
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "r.jsonl"
     write(path, "a")
