@@ -27,6 +27,14 @@ PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Of a ridge regression, relative to the mean squared length of a candidate's features."""
 
 
+class NotFiniteError(NothingToLearnError):
+    """A feature of the response of this index is NaN or infinite."""
+
+    def __init__(self, response: int, what: str) -> None:
+        super().__init__(f"response {response} {what}")
+        self.response, self.what = response, what
+
+
 class StoredFeatures(Protocol):
     """Stored features, such as `activations.Activations`."""
 
@@ -138,11 +146,11 @@ def _check_finite(sums: Tensor, entries: Sequence[Tensor], sequence: Tensor, par
         row = int(rows[0])
         entry = int(bad[:, row].nonzero()[0])
         values = entries[entry][row]
-        raise NothingToLearnError(
-            f"response {int(part[sequence[row].cpu()])} has {int((~torch.isfinite(values)).sum())} of "
-            f"{len(values)} features NaN or infinite in entry {entry} of its token "
-            f"{int((sequence[:row] == sequence[row]).sum())}: the model's hidden states are not finite "
-            "(is its dtype too narrow?)"
+        raise NotFiniteError(
+            int(part[sequence[row].cpu()]),
+            f"has {int((~torch.isfinite(values)).sum())} of {len(values)} features NaN or infinite in entry {entry} of "
+            f"its token {int((sequence[:row] == sequence[row]).sum())}: what the model computed is not finite (is its "
+            "dtype too narrow?), or the store is damaged",
         )
 
 

@@ -179,6 +179,7 @@ class Sweep:
         plans: Sequence[Plan] | None = None,
     ) -> None:
         self.device = heads[0].weight.device
+        self.keys = [example.key for example in examples]
         self.responses = torch.tensor([example.response for example in examples])
         self.labels = torch.tensor([float(example.correct) for example in examples])
         numbers = {key: number for number, key in enumerate(sorted({example.key for example in examples}))}
@@ -275,6 +276,13 @@ class Sweep:
     def _start(self) -> Iterator[list[tuple[int, Epoch, Epoch]]]:
         """Looks at every response once, and takes the ridge starts."""
         self.begun = True
+        try:
+            yield from self._look()
+        except standardize.NotFiniteError as error:
+            place = int((self.responses == error.response).nonzero()[0])
+            raise NothingToLearnError(f"an answer to problem {self.keys[place]!r} {error.what}") from error
+
+    def _look(self) -> Iterator[list[tuple[int, Epoch, Epoch]]]:
         train = self.responses[self.split.train].unique()
         ridge = [run for run in self.runs if run.recipe.start == "ridge"]
         means = torch.empty(0)
