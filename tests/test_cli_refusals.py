@@ -217,7 +217,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
     "missing shard": (
         lambda place: (place.store / "00000.safetensors").unlink(),
         STORE,
-        "00000.safetensors is missing: run the `swift-kernels rollout` that made it again",
+        "00000.safetensors is missing: run the command that made the store again",
     ),
     "on the fly with a store": (nothing, [*STORE, "--on-the-fly"], "--on-the-fly runs the model in every epoch"),
     "loss": (nothing, [*STORE, "--loss", "mse"], "loss is 'mse': expected one of bce, hinge, dpo, infonca, nca"),

@@ -155,6 +155,7 @@ def train(
     """
     from swift_kernels import hub, processes
     from swift_kernels.cli import render
+    from swift_kernels.training import resume
     from swift_kernels.training.recipe import get_recipe
     from swift_kernels.training.rollouts import read
     from swift_kernels.training.store import Store
@@ -202,16 +203,22 @@ def train(
     if store is not None:
         if on_the_fly:
             raise ValueError("--on-the-fly runs the model in every epoch, --store spares it: give one of them")
+        if top_logprobs is not None or device is not None or dtype is not None:
+            raise ValueError("--top-logprobs, --device and --dtype are for a model that runs: --store has what it had")
         if (test is None) != (test_store is None):
             raise ValueError("--test and --test-store belong together: give both, or evaluate later with `eval`")
         other = None if test_store is None else Store(test_store)
         result = train_stored_head(Store(store), train_file, test_store=other, **options)
+    elif test_store is not None:
+        raise ValueError("--test-store is read with --store: give both, or --test alone")
     elif model is None:
         raise ValueError("--model is missing: expected the model that wrote the answers, or --store")
     else:
         lm, tokenizer = _load_model(model, device, dtype)
         result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, on_the_fly=on_the_fly, **options)
     result.save(output, push)
+    # Not before: until then it is all that there is of the fit.
+    resume.remove(output / CHECKPOINT_NAME)
     pushed, refusal = None, None
     if push is not None:
         try:
@@ -223,10 +230,13 @@ def train(
         f"{result.fit.kept.number} of {result.fit.history[-1].number}, {result.fit.kept.held_out}",
         f"tokens fed to the LLM for the features of the fit: {result.llm_tokens:,}",
     ]
-    title = "validation" if result.test is None else "test"
+    title = "test problems"
+    if result.test is None:
+        title = "validation problems" + (", before the refit" if chosen.refit else "")
+        title += ", whose other answers it was trained on" if chosen.split == "candidate" else ""
     shown = result.test or result.validation
     parts += [
-        render.evaluation_table(shown, f"Best-of-N accuracy on {shown.problems} {title} problems"),
+        render.evaluation_table(shown, f"Best-of-N accuracy on {shown.problems} {title}"),
         render.evaluation_lines(shown),
     ]
     if pushed is not None:
@@ -250,6 +260,7 @@ def evaluate_(
 ) -> None:
     """Compare SWIFT's pick with random pick, majority vote, the shortest or surest answer, and the oracle."""
     from swift_kernels.cli import render
+    from swift_kernels.evaluation.compare import check_ns
     from swift_kernels.evaluation.evaluate import evaluate, score_rollouts
     from swift_kernels.training.rollouts import read, tokenized
     from swift_kernels.training.train import check_same_model
@@ -257,6 +268,7 @@ def evaluate_(
     ns = None if n is None else _parse_integers("--n", n)
     _at_least("--batch-size", batch_size, 1)
     content = read(rollouts)
+    check_ns(content.rollouts, ns)
     for line in content.notes:
         render.note(line)
     lm, tokenizer = _load_model(model, device, dtype)

@@ -55,6 +55,8 @@ def ablate(
     from swift_kernels.training.train import check_disjoint
 
     _at_least("--seeds", seeds, 1)
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder: expected a file")
     ns = None if n is None else _parse_integers("--n", n)
     base = get_recipe(recipe, epochs=epochs)
     train_file, test_file = read(rollouts), read(test)
@@ -78,8 +80,10 @@ def ablate(
         progress=render.progress,
     )
     facts = {
-        "rollouts": str(rollouts),
-        "test": str(test),
+        "rollouts": rollouts.name,
+        "test": test.name,
+        "model": stores[0].model["name"],
+        "task": train_file.task,
         "layout": vars(stores[0].layout),
         "seconds": round(time.perf_counter() - started, 1),
         **result.to_dict(),
@@ -108,7 +112,9 @@ def sketch_(
 
     whole = Store(store)
     with render.progress("shards", len(whole.shards)) as update:
-        copy_sketched(whole, output, sketch, sketch_of, update)
+        notes = copy_sketched(whole, output, sketch, sketch_of, update)
+    for line in notes:
+        render.note(line)
     copy = Store(output)
     facts = {"output": str(output), "tokens": sum(copy.lengths), "bytes": copy.nbytes, "bytes_whole": whole.nbytes}
     render.emit(
@@ -168,9 +174,9 @@ def legend(result: Ablation) -> str:
         [
             f"Base: {recipe.loss}, start {recipe.start}, a gate, every entry of the first source, "
             f"{result.train_problems} problems;",
-            f"the others differ in what they are named for. Means over {result.seeds} seeds; 95% intervals from",
-            "resampling problems and seeds; p: two-sided sign-flip test over problems, not corrected for",
-            "making several comparisons",
+            f"the others differ in what they are named for. Means over seeds, {result.seeds} of them; 95% intervals",
+            "from resampling problems and seeds; p: two-sided sign-flip test over problems for these seeds,",
+            "not corrected for making several comparisons",
             *result.notes,
         ]
     )

@@ -73,12 +73,7 @@ def compare(rollouts: Sequence[Rollout], tables: Mapping[str, Scores], ns: Seque
     At each n of `ns`, by default 1, 2, 4, ... and the number of candidates. The selectors are "random", "vote", those
     of `baseline_scores`, the tables and "oracle".
     """
-    fewest = min(rollouts, key=lambda rollout: len(rollout.candidates))
-    most = len(fewest.candidates)
-    ns = default_ns(most) if ns is None else sorted(set(ns))
-    if ns[0] < 1 or ns[-1] > most:
-        wrong = ns[0] if ns[0] < 1 else ns[-1]
-        raise ValueError(f"n is {wrong}: expected 1..{most}, problem {fewest.id!r} has {most} candidates")
+    ns = check_ns(rollouts, ns)
     correct = [[candidate.correct for candidate in rollout.candidates] for rollout in rollouts]
     answers = [[candidate.answer for candidate in rollout.candidates] for rollout in rollouts]
     baselines, notes = baseline_scores(rollouts)
@@ -101,6 +96,17 @@ def compare(rollouts: Sequence[Rollout], tables: Mapping[str, Scores], ns: Seque
         for n in ns
     }
     return Comparison(values, scores, correct, notes)
+
+
+def check_ns(rollouts: Sequence[Rollout], ns: Sequence[int] | None) -> list[int]:
+    """The numbers of answers to pick from, ascending, by default 1, 2, 4, ...; raises where a problem has fewer."""
+    fewest = min(rollouts, key=lambda rollout: len(rollout.candidates))
+    most = len(fewest.candidates)
+    chosen = default_ns(most) if ns is None else sorted(set(ns))
+    if chosen[0] < 1 or chosen[-1] > most:
+        wrong = chosen[0] if chosen[0] < 1 else chosen[-1]
+        raise ValueError(f"n is {wrong}: expected 1..{most}, problem {fewest.id!r} has {most} candidates")
+    return chosen
 
 
 def baseline_scores(rollouts: Sequence[Rollout]) -> tuple[dict[str, Scores], list[str]]:

@@ -146,7 +146,7 @@ class ReasoningGym:
         except ImportError as error:
             raise ImportError("this task needs reasoning-gym: pip install 'swift_kernels[cli]'") from error
         self.name = f"reasoning-gym:{dataset}"
-        self._dataset, *options = dataset.split(",")
+        self._dataset, *options = re.split(r",(?![^\[]*\])", dataset)  # a list keeps its commas
         if self._dataset not in DATASETS:
             raise TaskError(
                 f"reasoning-gym has no dataset {self._dataset!r}: expected one of {', '.join(sorted(DATASETS))}"
@@ -175,8 +175,10 @@ class ReasoningGym:
 
     def _entries(self, size: int, seed: int) -> Any:
         try:
-            return self._create(self._dataset, size=size, seed=seed, **self._config)
-        except (AssertionError, TypeError, ValueError) as error:
+            made = self._create(self._dataset, size=size, seed=seed, **self._config)
+            made[0]  # some options are refused only when the first problem is made
+            return made
+        except Exception as error:  # each dataset checks its options in its own way
             raise TaskError(f"{self.name}: the dataset refuses its options: {error}") from None
 
     def _generate(self, size: int, seed: int) -> Iterator[Problem]:

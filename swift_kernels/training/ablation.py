@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from swift_kernels import features
 from swift_kernels.evaluation import metrics
-from swift_kernels.evaluation.compare import Comparison, compare
+from swift_kernels.evaluation.compare import Comparison, check_ns, compare
 from swift_kernels.evaluation.metrics import Difference, Estimate
 from swift_kernels.head import SwiftHead
 from swift_kernels.progress import Progress
@@ -21,6 +21,7 @@ from swift_kernels.training.fit import Example, fit_heads
 from swift_kernels.training.losses import LOSSES
 from swift_kernels.training.recipe import RECIPES, Recipe
 from swift_kernels.training.rollouts import Rollout
+from swift_kernels.training.split import NothingToLearnError, split_examples
 from swift_kernels.training.store import Store
 from swift_kernels.training.stored import entries_of, make_head, responses_of, score_stored_heads
 
@@ -105,7 +106,10 @@ def make_variants(store: Store, base: Recipe, axes: Sequence[str], problems: int
         others = {name: replace(recipe, epochs=base.epochs) for name, recipe in RECIPES.items()}
         made += [Variant(name, "recipe", recipe) for name, recipe in others.items() if recipe != base]
     if "layers" in axes:
-        made += [Variant(name, "layers", base, layers) for name, layers in _layer_subsets(store).items()]
+        subsets = _layer_subsets(store)
+        made += [Variant(name, "layers", base, layers) for name, layers in subsets.items()]
+        if not subsets:
+            notes.append(f"{store.path} holds too few layers for subsets")
     if "gate" in axes:
         made.append(Variant("no gate", "gate", base, gate=False))
     if "loss" in axes:
@@ -138,33 +142,46 @@ def run(
     """Fits and evaluates variants, the first of which is the base.
 
     `items` and `test_items` are the rollouts that the stores were written with. Problems are taken in an order drawn
-    by the seed, so that those of a smaller number are among those of a larger one.
+    by the seed, so that those of a smaller number are among those of a larger one. A variant that has nothing to learn
+    from with some seed is left out, with a note.
+
+    Raises:
+        NothingToLearnError: the base has nothing to learn from, or no test problem has right and wrong answers.
     """
+    check_ns(test_items, ns)
+    if not any(len({candidate.correct for candidate in item.candidates}) == 2 for item in test_items):
+        raise NothingToLearnError(
+            f"none of the {len(test_items)} test problems has right and wrong answers: no head can be told from another"
+        )
+    responses = responses_of(store, items)
+
+    def examples_of(problems: int | None, seed: int) -> list[Example]:
+        order = list(range(len(items)))
+        random.Random(seed).shuffle(order)
+        return [
+            Example(response, candidate.correct, items[place].key)
+            for place in order[:problems]
+            for candidate, response in zip(items[place].candidates, responses[place], strict=True)
+            if store.lengths[response]
+        ]
+
+    variants, notes = _learnable(variants, examples_of, seeds)
     heads: list[list[SwiftHead]] = [[] for _ in variants]
     epochs: list[list[int]] = [[] for _ in variants]
     plans: dict[tuple[str, int | None], list[int]] = {}
     for index, variant in enumerate(variants):
         source = make_head(store, variant.layers).config.features
         plans.setdefault((source, variant.problems), []).append(index)
-    responses = responses_of(store, items)
     with progress("fits", len(variants) * seeds) as update:
         done = 0
         for seed in range(seeds):
-            order = list(range(len(items)))
-            random.Random(seed).shuffle(order)
             for (source, problems), members in plans.items():
-                examples = [
-                    Example(response, candidate.correct, items[place].key)
-                    for place in order[:problems]
-                    for candidate, response in zip(items[place].candidates, responses[place], strict=True)
-                    if store.lengths[response]
-                ]
                 own = [make_head(store, variants[index].layers, variants[index].gate) for index in members]
                 everything = make_head(store, source)
                 fits = fit_heads(
                     own,
                     store.part(entries_of(store, everything)),
-                    examples,
+                    examples_of(problems, seed),
                     [replace(variants[index].recipe, seed=seed) for index in members],
                     layers=everything.config.layers,
                 )
@@ -189,11 +206,35 @@ def run(
             done += len(test_items)
             update(done)
     compared = compare(test_items, {f"{index}/{seed}": table for (index, seed), table in tables.items()}, ns)
-    return _summary(variants, seeds, compared, epochs, len(items))
+    return _summary(variants, seeds, compared, epochs, len(items), notes)
+
+
+def _learnable(
+    variants: Sequence[Variant], examples_of: Callable[[int | None, int], list[Example]], seeds: int
+) -> tuple[list[Variant], list[str]]:
+    """Those variants that have something to learn from with every seed, and notes on the others."""
+    kept, notes = [], []
+    for variant in variants:
+        for seed in range(seeds):
+            try:
+                split_examples(examples_of(variant.problems, seed), replace(variant.recipe, seed=seed))
+            except NothingToLearnError as error:
+                if variant.axis is None:
+                    raise
+                notes.append(f"{variant.name} is left out: with seed {seed}, {error}")
+                break
+        else:
+            kept.append(variant)
+    return kept, notes
 
 
 def _summary(
-    variants: Sequence[Variant], seeds: int, compared: Comparison, epochs: Sequence[Sequence[int]], problems: int
+    variants: Sequence[Variant],
+    seeds: int,
+    compared: Comparison,
+    epochs: Sequence[Sequence[int]],
+    problems: int,
+    notes: Sequence[str],
 ) -> Ablation:
     def won(index: int, n: int) -> list[list[float]]:
         return [compared.values[n][f"{index}/{seed}"] for seed in range(seeds)]
@@ -224,12 +265,12 @@ def _summary(
         seeds,
         problems,
         len(compared.correct),
-        compared.notes,
+        [*notes, *compared.notes],
     )
 
 
 def _layer_subsets(store: Store) -> dict[str, tuple[int, ...]]:
-    """By name; of those that the store does not hold whole, none."""
+    """By name; of those that the store does not hold whole, and of depths that make no such choice, none."""
     stored, depth = store.layout.layers or (), store.layout.num_hidden_layers or 0
     subsets = {
         # 16, 24, 28, 32 of 32 in the paper.
@@ -242,5 +283,5 @@ def _layer_subsets(store: Store) -> dict[str, tuple[int, ...]]:
     return {
         f"{name}: {','.join(map(str, layers))}" if len(layers) < 5 else f"{name}: {layers[0]}..{layers[-1]}": layers
         for name, layers in subsets.items()
-        if depth > 3 and set(layers) <= set(stored) and layers != stored
+        if depth > 3 and len(set(layers)) == len(layers) and set(layers) <= set(stored) and layers != stored
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from swift_kernels.evaluation.compare import SELECTOR_NAMES
@@ -160,8 +161,12 @@ def _results(evaluation: Evaluation) -> list[str]:
         f"expectation. How many points SWIFT is ahead is at N = {evaluation.n} and paired by problem; p is that of a "
         "two-sided sign-flip test over problems, not corrected for making several comparisons. "
         + "".join(f"{note}. " for note in evaluation.notes)
-        + f"Within-problem AUC {evaluation.auc.mean:.3f} ({evaluation.auc.low:.3f}-{evaluation.auc.high:.3f}) over the "
-        f"{evaluation.mixed_problems} problems with right and wrong answers.",
+        + (
+            f"Within-problem AUC {evaluation.auc.mean:.3f} ({evaluation.auc.low:.3f}-{evaluation.auc.high:.3f}) over "
+            f"the {evaluation.mixed_problems} problems with right and wrong answers."
+            if evaluation.mixed_problems
+            else "No problem has right and wrong answers."
+        ),
     ]
 
 
@@ -185,7 +190,8 @@ def _commands(config: HeadConfig, recipe: Recipe, data: dict[str, Any]) -> list[
                 keep += f" --sketch-of {stores[0]}"
             sampling = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in header["sampling"].items())
             lines += [
-                f"swift-kernels rollout --model {data['model']} --task {header['task']} --split {header['split']} \\",
+                f"swift-kernels rollout --model {data['model']} --task {shlex.quote(header['task'])} \\",
+                f"    --split {header['split']} \\",
                 f"    --problems {problems} {sampling} {'--chat' if header['chat'] else '--no-chat'} \\",
                 f"    --output {name}{keep}",
             ]

@@ -179,9 +179,15 @@ def _open_store(job: Job, processes: Processes, note: Notes) -> StoreWriter | No
         # Settings are compared before anything is computed for the sketch.
         fresh = not (job.store / stores.HEADER_NAME).exists()
         StoreWriter(job.store, job.layout, model, make_sketch(job) if fresh else None)
+        if job.layout.sketch is not None:
+            stores.begun_sketch(job.store, job.sketch_of, job.layout)
+        for line in stores.drop_damaged(job.store):
+            note(line)
+        units = {name: [problem.id for problem in problems] for name, problems in job.units().items()}
+        wanted = {problem.id for problem in job.problems}
         for shard in stores.shards_of(job.store):
-            if problem := stores.damage(job.store, shard):
-                note(f"{problem}; it is made anew")
+            # Of fewer problems, or of other batches: a problem must not be in two shards.
+            if units.get(shard.name) != shard.ids and not wanted.isdisjoint(shard.ids):
                 (job.store / f"{shard.name}.json").unlink()
     processes.wait()
     sketch = None if job.layout.sketch is None else Sketch.load(job.store / stores.SKETCH_NAME)

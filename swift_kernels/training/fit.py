@@ -100,8 +100,8 @@ def fit_heads(
         recipes: one a head.
         layers: which layers the stored entries are, in order; needed where a head reads some of them alone.
         on_epoch: called with the head's index, each epoch and the best so far.
-        checkpoint: a file that holds the state after every epoch while the fit is unfinished. Where it exists already,
-            the fit goes on from there and ends bit for bit as if it had not been interrupted.
+        checkpoint: a file that holds the state after every epoch. Where it exists already, the fit goes on from there
+            and ends bit for bit as if it had not been interrupted. `resume.remove` it once the heads are saved.
 
     Raises:
         NothingToLearnError: the answers are all right or all wrong, there are too few problems, or features are NaN.
@@ -174,8 +174,6 @@ def fit_heads(
     # All heads change at the end, or none where something was wrong; a refit comes after its first fit.
     for sweep in sweeps.values():
         sweep.finish()
-    if checkpoint is not None:
-        resume.remove(checkpoint)
     return [fits[index] for index in range(len(heads))]
 
 

@@ -57,6 +57,10 @@ class Sketch:
             shift -= full @ mean.double().to(weight.device)
         return torch.cat(columns, dim=1), shift
 
+    def equals(self, other: Sketch) -> bool:
+        mine, theirs = self.projections + self.means, other.projections + other.means
+        return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 

@@ -223,9 +223,7 @@ class Store:
         if verify:
             for shard in self.shards:
                 if found := damage(self.path, shard):
-                    raise StoreError(
-                        f"{found}: run the `swift-kernels rollout` that made it again, which makes this shard anew"
-                    )
+                    raise StoreError(f"{found}: run the command that made the store again, which makes this shard anew")
         self.lengths = tuple(length for shard in self.shards for length in shard.lengths)
         self._problems: dict[str, ShardProblem] = {}
         self._first: dict[str, int] = {}
@@ -339,10 +337,29 @@ def digest(token_ids: Sequence[Sequence[int]]) -> str:
 
 def sketch_of(path: Path, layout: Layout) -> Sketch:
     """The projections of another store, so that one head reads both."""
-    other = Layout(**read_header(path)["layout"])
-    if other != layout:
-        raise StoreError(f"{path} was made with other settings: expected layout {layout}, found {other}")
+    there, here = vars(Layout(**read_header(path)["layout"])), vars(layout)
+    for key in here:
+        if there[key] != here[key]:
+            raise StoreError(f"{path} was made with other settings: {key} is {there[key]} there and {here[key]} here")
     return Sketch.load(path / SKETCH_NAME)
+
+
+def begun_sketch(path: Path, other: Path | None, layout: Layout) -> Sketch:
+    """The projections of a store that was begun; raises where those of another store are asked for and differ."""
+    own = Sketch.load(path / SKETCH_NAME)
+    if other is not None and not own.equals(sketch_of(other, layout)):
+        raise StoreError(f"{path} was begun with other projections than those of {other}: use another folder")
+    return own
+
+
+def drop_damaged(path: Path) -> list[str]:
+    """Removes the records of damaged shards, which are then made anew, and says what is wrong with each."""
+    found = []
+    for shard in shards_of(path):
+        if problem := damage(path, shard):
+            found.append(f"{problem}; it is made anew")
+            (path / f"{shard.name}.json").unlink()
+    return found
 
 
 def check_space(path: Path, nbytes: int, what: str) -> None:

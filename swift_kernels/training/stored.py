@@ -31,8 +31,7 @@ def check_same_layout(store: Store, test: Store) -> None:
     """Raises unless a head of one store can read the other."""
     if store.layout != test.layout or store.model != test.model:
         raise StoreError(f"{test.path} was not made as {store.path}: expected the same model, layers, dtype and sketch")
-    mine, theirs = store.sketch, test.sketch
-    if mine and theirs and not all(map(torch.equal, mine.projections + mine.means, theirs.projections + theirs.means)):
+    if store.sketch and test.sketch and not store.sketch.equals(test.sketch):
         raise StoreError(
             f"{test.path} has another sketch than {store.path}: give `swift-kernels rollout` the first one's folder "
             "with --sketch-of"
@@ -110,7 +109,12 @@ def score_stored_heads(
     for done, responses in enumerate(responses_of(store, items), start=1):
         values, cu_seqlens = part.batch(torch.tensor(responses), heads[0].weight.device)
         for head, own, rows in zip(heads, entries, scores, strict=True):
-            rows.append(head([values[read.index(entry)] for entry in own], cu_seqlens).tolist())
+            found = head([values[read.index(entry)] for entry in own], cu_seqlens)
+            if not found[cu_seqlens.diff().to(found.device) > 0].isfinite().all():
+                raise StoreError(
+                    f"{store.path}: an answer to problem {items[done - 1].id!r} has features that are NaN or infinite"
+                )
+            rows.append(found.tolist())
         if on_progress is not None:
             on_progress(done)
     return scores
@@ -127,22 +131,25 @@ def copy_sketched(
     sketch: str,
     sketch_of: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> None:
+) -> list[str]:
     """Writes a sketched copy of a store that holds entries whole; one that was begun is completed.
 
     Args:
         sketch: as in `make_layout`; the pilot of a PCA is the first problems of the store.
         sketch_of: another sketched store, whose projections are used.
+
+    Returns:
+        what was wrong with shards that were made anew.
     """
     if store.layout.sketch is not None:
         raise StoreError(f"{store.path} is a sketch already: expected a store that holds entries whole")
     method = stores.parse_sketch(sketch, max(store.widths))
     layout = replace(store.layout, sketch=method)
-    stores.check_space(path, layout.nbytes(sum(store.lengths)), f"the sketches of {sum(store.lengths):,} tokens")
-    if sketch_of is not None:
+    if (path / stores.HEADER_NAME).exists():
+        StoreWriter(path, layout, store.model)  # refuses another store's settings
+        made = stores.begun_sketch(path, sketch_of, layout)
+    elif sketch_of is not None:
         made = stores.sketch_of(sketch_of, layout)
-    elif (path / stores.HEADER_NAME).exists():
-        made = Sketch.load(path / stores.SKETCH_NAME)
     elif method["method"] == "random":
         made = random_sketch(store.widths, method["dimensions"])
     else:
@@ -150,12 +157,26 @@ def copy_sketched(
         count = sum(max(problem.responses, default=-1) + 1 for problem in problems)
         values, _ = store.batch(torch.arange(count))
         made = pca_sketch(values, method["dimensions"])
+    notes = stores.drop_damaged(path)
+    there = {shard.name: shard for shard in stores.shards_of(path)}
+    known = {problem.id: problem for shard in store.shards for problem in shard.problems}
+    for shard in there.values():
+        for problem in shard.problems:
+            if known.get(problem.id) != problem:
+                raise StoreError(
+                    f"{path} holds answers to problem {problem.id!r} that {store.path} does not: use another folder"
+                )
+    missing = [
+        shard for shard in store.shards if shard.name not in there or there[shard.name].problems != shard.problems
+    ]
+    tokens = sum(sum(shard.lengths) for shard in missing)
+    stores.check_space(path, layout.nbytes(tokens), f"the sketches of {tokens:,} tokens")
     writer = StoreWriter(path, layout, store.model, made)
     first = 0
     for done, shard in enumerate(store.shards, start=1):
         responses = range(first, first + len(shard.lengths))
         first = responses.stop
-        if not (path / f"{shard.name}.json").exists():
+        if shard in missing:
             sketched = []
             for response in responses:
                 values, _ = store.batch(torch.tensor([response]))
@@ -163,3 +184,4 @@ def copy_sketched(
             writer.write(shard.name, shard.problems, sketched)
         if on_progress is not None:
             on_progress(done)
+    return notes

@@ -19,6 +19,7 @@ from swift_kernels.training.ablation import Variant
 from swift_kernels.training.fit import Example, fit
 from swift_kernels.training.recipe import RECIPES, Recipe
 from swift_kernels.training.rollouts import RolloutFile, RolloutWriter
+from swift_kernels.training.split import NothingToLearnError
 from swift_kernels.training.stored import make_head, responses_of, score_stored
 from tests.training.test_collection import make_job
 from tests.training.test_stored import collected, graded, quiet
@@ -52,7 +53,7 @@ def test_variants_are_those_of_the_paper(data: tuple[Any, ...]) -> None:
         "features": ["logits", "top_logprobs"],
         "problems": ["25 problems", "50 problems", "100 problems"],
     }
-    assert notes == []
+    assert ["too few layers" in note for note in notes] == [True]
 
 
 def test_subsets_of_layers_are_those_that_are_stored() -> None:
@@ -65,7 +66,9 @@ def test_subsets_of_layers_are_those_that_are_stored() -> None:
         (16,),
         tuple(range(17)),
     ]
-    layout.layers = (16, 24, 28, 32)
+    layout.layers, layout.num_hidden_layers = tuple(range(6)), 5
+    assert all(len(set(layers)) == len(layers) for layers in ablation._layer_subsets(store).values())
+    layout.layers, layout.num_hidden_layers = (16, 24, 28, 32), 32
     assert list(ablation._layer_subsets(store)) == ["last: 32", "middle: 16"]
 
 
@@ -128,6 +131,21 @@ def test_fewer_problems_are_among_more(data: tuple[Any, ...], monkeypatch: pytes
     assert seen[0, 6] != seen[1, 6]
 
 
+def test_what_cannot_be_learnt_loses_nothing_else(data: tuple[Any, ...]) -> None:
+    store, rollouts, test_store, test = data
+    variants = [Variant("base", None, BASE), Variant("hopeless", "problems", BASE, problems=1)]
+    result = ablation.run(variants, store, rollouts.rollouts, test_store, test.rollouts, seeds=1, progress=quiet)
+    assert [own.variant.name for own in result.results] == ["base"]
+    assert "hopeless is left out: with seed 0, there is 1 problem" in result.notes[0]
+    with pytest.raises(NothingToLearnError, match="there is 1 problem"):
+        ablation.run(
+            [replace(variants[1], axis=None)], store, rollouts.rollouts, test_store, test.rollouts, progress=quiet
+        )
+    alike = [replace(item, candidates=[replace(c, correct=False) for c in item.candidates]) for item in test.rollouts]
+    with pytest.raises(NothingToLearnError, match="none of the 9 test problems has right and wrong answers"):
+        ablation.run(variants, store, rollouts.rollouts, test_store, alike, progress=quiet)
+
+
 def save(file: RolloutFile, path: Path) -> Path:
     with RolloutWriter(path, {k: v for k, v in file.header.items() if k not in ("format", "version")}) as writer:
         for rollout in file.rollouts:
@@ -151,7 +169,7 @@ def test_the_command_prints_a_table_an_axis(
         "infonca",
         "top_logprobs",
         "25 problems",
-        "Means over 2 seeds",
+        "Means over seeds, 2 of them",
     ):
         assert text in out
     facts = json.loads((tmp_path / "a.json").read_text())
@@ -162,3 +180,7 @@ def test_the_command_prints_a_table_an_axis(
     assert main([*map(str, [*args[:4], "--test", tmp_path / "r", "--test-store", store.path])]) == 2
     assert "shares 30 problems" in capsys.readouterr().err
     assert json.loads((tmp_path / "a.json").read_text()) == facts
+    assert main([*map(str, [*args, "--n", "1,8"])]) == 2
+    assert "n is 8: expected 1..3" in capsys.readouterr().err
+    assert main([*map(str, [*args[:-1], tmp_path])]) == 2
+    assert "is a folder: expected a file" in capsys.readouterr().err

@@ -354,3 +354,22 @@ def test_killed_ten_times_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
         process.stdout.close()
     subprocess.run([*run, *rollout_command(model, killed)], check=True, capture_output=True)
     assert contents(killed) == contents(whole)
+
+
+def test_other_batches_on_the_way_leave_every_problem_in_one_shard(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = make_job(model, tokenizer, tmp_path, 5)
+    collect(job)
+    more = replace(job, problems=job.task.problems("train", 9), batch_size=9)
+    collect(more)
+    store = Store(job.store)
+    ids = [problem.id for shard in store.shards for problem in shard.problems]
+    assert sorted(ids) == sorted(problem.id for problem in more.problems)
+
+
+def test_a_begun_store_keeps_its_projections(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    first = make_job(model, tokenizer, tmp_path / "first", 6, layers="all", sketch="pca:3")
+    second = make_job(model, tokenizer, tmp_path / "second", 3, layers="all", sketch="pca:3")
+    collect(first)
+    collect(second)
+    with pytest.raises(StoreError, match="was begun with other projections"):
+        collect(replace(second, sketch_of=first.store))

@@ -9,7 +9,7 @@ import torch
 
 from swift_kernels import SwiftHead
 from swift_kernels.head import HeadConfig
-from swift_kernels.training import standardize
+from swift_kernels.training import resume, standardize
 from swift_kernels.training.activations import Activations
 from swift_kernels.training.fit import (
     RECIPES,
@@ -356,6 +356,9 @@ class TestResume:
         for head, other in zip(heads, expected_heads, strict=True):
             assert torch.equal(head.weight, other.weight)
             assert torch.equal(head.bias, other.bias)
+        assert list(tmp_path.iterdir()) == [path], "until the heads are saved, this is all that there is of the fit"
+        (tmp_path / ".fit.safetensors.half.tmp").write_bytes(b"")
+        resume.remove(path)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("refit", [False, True], ids=["once", "refit"])

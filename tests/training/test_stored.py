@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from swift_kernels.processes import Processes
 from swift_kernels.training.collection import Job, collect_rollouts
 from swift_kernels.training.recipe import Recipe
 from swift_kernels.training.rollouts import RolloutFile, read
+from swift_kernels.training.sketch import Sketch
 from swift_kernels.training.store import Store, StoreError
 from swift_kernels.training.stored import (
     check_same_answers,
@@ -126,6 +128,17 @@ def test_a_head_trained_on_a_sketch_is_saved_at_the_full_width(model: Any, token
         check_same_layout(store, other_sketch)
 
 
+def test_stored_features_that_are_not_finite_are_never_scored(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    store, rollouts = collected(make_job(model, tokenizer, tmp_path, layers=[0, 2], dtype="float32"))
+    row = next(row for row, length in enumerate(store.lengths) if length)
+    store._values[0] = store._values[0].clone()
+    store._values[0][store._rows[row][1], 3] = torch.nan
+    with pytest.raises(
+        StoreError, match=f"problem '{rollouts.rollouts[0].id.replace('+', '.')}' has features that are"
+    ):
+        score_stored(store, make_head(store).requires_grad_(False), rollouts.rollouts)
+
+
 def test_what_does_not_fit_is_named(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     store, rollouts = collected(make_job(model, tokenizer, tmp_path, layers=[0, 2]))
     with pytest.raises(StoreError, match=r"holds layers \[0, 2\], \[1\] are asked for"):
@@ -190,6 +203,10 @@ def test_a_sketched_copy_holds_what_was_stored_projected(
     (copy.path / f"{copy.shards[1].name}.json").unlink()
     copy_sketched(store, copy.path, sketch)
     assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
+    # So is one with a damaged shard, and only that is made anew.
+    os.truncate(copy.path / f"{copy.shards[0].name}.safetensors", 50)
+    assert ["it is made anew" in note for note in copy_sketched(store, copy.path, sketch)] == [True]
+    assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
     copy_sketched(store, tmp_path / "other", sketch, copy.path)
     check_same_layout(copy, Store(tmp_path / "other"))
     with pytest.raises(StoreError, match="is a sketch already"):
@@ -197,3 +214,16 @@ def test_a_sketched_copy_holds_what_was_stored_projected(
     with pytest.raises(StoreError, match="made with other settings"):
         copy_sketched(store, tmp_path / "third", "pca:3", copy.path)
     assert not (tmp_path / "third").exists()
+    # A folder of another store, or begun with other projections, is left as it is.
+    second, _ = collected(make_job(model, tokenizer, tmp_path / "second", 9, layers=[0, 2, "top_logprobs"]))
+    with pytest.raises(StoreError, match="layout is"):
+        copy_sketched(second, copy.path, sketch)
+    fewer, _ = collected(
+        make_job(model, tokenizer, tmp_path / "fewer", 2, layers=[0, 2, "top_logprobs"], dtype="float32")
+    )
+    with pytest.raises(StoreError, match=r"that .*fewer/store does not: use another folder"):
+        copy_sketched(fewer, copy.path, sketch)
+    Sketch([p + 1 for p in copy.sketch.projections], copy.sketch.means).save(tmp_path / "other" / "sketch.safetensors")
+    with pytest.raises(StoreError, match="was begun with other projections"):
+        copy_sketched(store, tmp_path / "other", sketch, copy.path)
+    assert {path.name: path.read_bytes() for path in copy.path.iterdir()} == before
