@@ -59,12 +59,15 @@ def _ablation(content: dict[str, Any]) -> list[str]:
     for axis, title in TITLES.items():
         own = [result for result in content["results"] if result["variant"]["axis"] == axis]
         if own:
-            lines += ["", f"| {title} | N = {n} | ahead of the base by | p | within-problem AUC |"]
-            lines.append("|---|---:|---:|---:|---:|")
+            lines += ["", f"| {title} | N = {n} | ahead of the base by | p | within-problem AUC | ahead by (p) |"]
+            lines.append("|---|---:|---:|---:|---:|---:|")
             for result in (base, *own):
                 gain = "| | " if result["difference"] is None else _gain(result["difference"]) + " "
                 auc = "{mean:.3f} ({low:.3f}-{high:.3f})".format(**result["auc"])
-                lines.append(f"| {result['variant']['name']} | {_percent(result['accuracy'][n])} | {gain}{auc} |")
+                lead = result["auc_difference"]
+                ahead = "" if lead is None else f"{lead['mean']:+.3f} ({p_value(lead['p'])})"
+                name = result["variant"]["name"]
+                lines.append(f"| {name} | {_percent(result['accuracy'][n])} | {gain}{auc} | {ahead} |")
     return lines
 
 
