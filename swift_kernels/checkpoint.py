@@ -323,7 +323,7 @@ def _read_weights(path: Path, head: SwiftHead) -> dict[str, Tensor]:
 
 
 def _download(repo_id: str, **options: Any) -> Path:
-    library = hub.library()
+    library = hub.client()
     try:
         return Path(library.snapshot_download(repo_id, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **options))
     except Exception as error:

@@ -15,7 +15,7 @@ class HubError(OSError):
     """The Hub cannot be reached, or something went wrong there."""
 
 
-def library() -> Any:
+def client() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
@@ -30,7 +30,7 @@ def check_access(repo_id: str) -> None:
         AccessError: the name is none for a repository, or there is no token, or one that may not write there.
         HubError: the Hub does not answer.
     """
-    hub = library()
+    hub = client()
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
@@ -76,7 +76,7 @@ def upload(
     Raises:
         HubError: it failed.
     """
-    api = library().HfApi(token=token)
+    api = client().HfApi(token=token)
     try:
         repository = api.create_repo(repo_id, exist_ok=True, private=private).repo_id
         return str(api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(names), **options))
