@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -48,6 +50,72 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replaces the content of `path` by `text`, or leaves it as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def whole_lines(path: Path) -> tuple[list[bytes], int]:
+    """The lines of a file that end, and where the last of them does: what follows was torn by a killed process."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    return data[:end].split(b"\n")[:-1], end
+
+
+class AppendedLines:
+    """Appends JSON lines to a file, each whole or not at all; of what was there it keeps the first `end` bytes."""
+
+    def __init__(self, path: Path, end: int = 0) -> None:
+        self._end = end
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered, so that what a full disk refused is not tried again on close.
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        os.ftruncate(self._descriptor, end)
+
+    def write(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        os.lseek(self._descriptor, self._end, os.SEEK_SET)
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except BaseException:  # a full disk or Ctrl-C half-way through the line
+            os.ftruncate(self._descriptor, self._end)
+            raise
+        self._end += len(line)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """None, or how the settings that a file was made with differ from those of now; compared as JSON reads them."""
+    different = _first_difference(there, json.loads(json.dumps(here)))
+    if different is None:
+        return None
+    key, old, new = different
+    return (
+        f"{path} was made with other settings: {key} is {_short(old)} there and {_short(new)} here; use the same "
+        "settings to continue it, or another file"
+    )
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if old == new:
+            continue
+        # What has a name is told apart by it.
+        if isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name"):
+            inner = _first_difference(old, new)
+            assert inner is not None
+            return f"{key}.{inner[0]}", *inner[1:]
+        return key, old, new
+    return None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "name" in value:
+        return str(value["name"])
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def cache_folder() -> Path:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swift_kernels.evaluation.tasks import parse_object
+from swift_kernels.files import AppendedLines, other_settings, whole_lines
 
 FORMAT = "swift_kernels.rollouts"
 FORMAT_VERSION = 1
@@ -120,41 +120,25 @@ class RolloutWriter:
 
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
         self.path = Path(path)
-        # Compared as JSON reads it back, where a tuple is a list.
-        header = json.loads(json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **header}))
+        header = {"format": FORMAT, "version": FORMAT_VERSION, **header}
         self.rollouts: list[Rollout] = []
-        self.done: set[str] = set()
-        self._end = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        end = 0
         if self.path.exists() and b"\n" in self.path.read_bytes():
-            content, self._end = _read_own(self.path)
-            _check_same(self.path, content.header, header)
+            content, end = _read_own(self.path)
+            if difference := other_settings(self.path, content.header, header):
+                raise RolloutError(difference)
             self.rollouts = content.rollouts
-            self.done = {rollout.id for rollout in content.rollouts}
-        # Unbuffered, so that what a full disk refused is not tried again on close.
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        os.ftruncate(self._descriptor, self._end)
-        if not self._end:
-            self._write_line(header)
+        self.done = {rollout.id for rollout in self.rollouts}
+        self._lines = AppendedLines(self.path, end)
+        if not end:
+            self._lines.write(header)
 
     def write(self, rollout: Rollout) -> None:
-        self._write_line(to_dict(rollout))
+        self._lines.write(to_dict(rollout))
         self.done.add(rollout.id)
 
-    def _write_line(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        os.lseek(self._descriptor, self._end, os.SEEK_SET)
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._descriptor, line[written:])
-        except BaseException:  # a full disk or Ctrl-C half-way through the line
-            os.ftruncate(self._descriptor, self._end)
-            raise
-        self._end += len(line)
-
     def close(self) -> None:
-        os.close(self._descriptor)
+        self._lines.close()
 
     def __enter__(self) -> RolloutWriter:
         return self
@@ -172,30 +156,13 @@ def to_dict(rollout: Rollout) -> dict[str, Any]:
     return row
 
 
-def _check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            raise RolloutError(
-                f"{path} was made with other settings: {key} is {_short(there.get(key))} there and "
-                f"{_short(here.get(key))} here; use the same settings to continue it, or another file"
-            )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "name" in value:
-        return str(value["name"])
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def _read_own(path: Path) -> tuple[RolloutFile, int]:
     """The content of a file, and where its last whole line ends."""
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    notes = [] if end == len(data) else [f"{path}: the last line is torn and was left out"]
+    lines, end = whole_lines(path)
+    notes = [] if end == path.stat().st_size else [f"{path}: the last line is torn and was left out"]
     header: dict[str, Any] = {}
     rollouts: dict[str, Rollout] = {}
-    for number, raw in enumerate(data[:end].split(b"\n")[:-1], start=1):
+    for number, raw in enumerate(lines, start=1):
         place = f"{path}:{number}"
         try:
             row = parse_object(raw.decode(), place)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from swift_kernels.training import rollouts
 from swift_kernels.training.rollouts import Response, Rollout, RolloutError, RolloutWriter, read, tokenized
 
 HEADER = {"model": {"name": "tiny"}, "task": "sums", "sampling": {"n": 2, "stop": ("\n",)}}
@@ -79,6 +78,8 @@ def test_other_settings_are_refused_and_nothing_changes(tmp_path: Path) -> None:
         RolloutWriter(path, {**HEADER, "task": "other"})
     with pytest.raises(RolloutError, match="other settings: model is tiny there and big here"):
         RolloutWriter(path, {**HEADER, "model": {"name": "big"}})
+    with pytest.raises(RolloutError, match=r"other settings: sampling\.n is 2 there and 3 here"):
+        RolloutWriter(path, {**HEADER, "sampling": {"n": 3, "stop": ["\n"]}})
     assert path.read_bytes() == before
 
 
@@ -98,7 +99,7 @@ def test_a_line_that_cannot_be_written_leaves_no_part(
             raise error
         return genuine(descriptor, data[: len(data) // 2])
 
-    monkeypatch.setattr(rollouts.os, "write", half_then_fail)
+    monkeypatch.setattr(os, "write", half_then_fail)
     with pytest.raises(type(error)):
         writer.write(item("b"))
     monkeypatch.undo()
