@@ -204,12 +204,17 @@ def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
     """
     check_fingerprint(recorded)
     actual = fingerprint(model)
-    for key in ("architecture", "hidden_size", "num_hidden_layers"):
-        if recorded[key] != actual[key]:
-            return f"{key} is {actual[key]}, expected {recorded[key]}", False
     embedding = model.get_input_embeddings().weight
     # Vocabularies may be padded differently; the row is one both have.
     actual["embedding_values"] = _sample(embedding[min(recorded["embedding_row"], embedding.shape[0] - 1)])
+    return compare_fingerprints(recorded, actual)
+
+
+def compare_fingerprints(recorded: dict[str, Any], actual: dict[str, Any]) -> tuple[str, bool]:
+    """As `compare_model`, of two fingerprints that sample the same embedding row."""
+    for key in ("architecture", "hidden_size", "num_hidden_layers"):
+        if recorded[key] != actual[key]:
+            return f"{key} is {actual[key]}, expected {recorded[key]}", False
     distance = max(_distance(recorded[key], actual[key]) for key in ("embedding_values", "final_norm_values"))
     if not distance <= RELATED_TOLERANCE:  # NaN is no likeness
         return f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}", False

@@ -33,7 +33,7 @@ class HeadConfig:
             "all", which adds those (not with top_logprobs: no token follows the last).
         dtype: dtype of the weights, "float32" or "bfloat16".
         base_model: fingerprint of the model the head was trained on.
-        task, metrics: what it was trained for, and how it did.
+        task, metrics: what it was trained for, and how it did; with a "calibration", sigmoid(score) is P(correct).
     """
 
     widths: tuple[int, ...]
@@ -86,6 +86,10 @@ class HeadConfig:
     def top_logprobs(self) -> int | None:
         """k of a head that reads the k largest log-probabilities, None for the other sources."""
         return self.widths[0] - 3 if self.features == features.TOP_LOGPROBS else None
+
+    @property
+    def is_calibrated(self) -> bool:
+        return "calibration" in self.metrics
 
     @property
     def num_outputs(self) -> int:
@@ -198,6 +202,26 @@ class SwiftHead(nn.Module):
         """A head of the same weights whose config has the given fields changed."""
         head = SwiftHead(replace(self.config, **changes), device=self.weight.device)
         head.load_state_dict(self.state_dict())
+        return head
+
+    def calibrated(self, temperature: float, offset: float, **facts: Any) -> SwiftHead:
+        """A head whose scores are `score / temperature + offset`, log-odds of being right; it ranks answers as before.
+
+        The score is linear in the reward's weights, so they take in both. `facts` are kept in the config beside them.
+        """
+        if not 0 < temperature < math.inf or not math.isfinite(offset):
+            raise ValueError(f"temperature is {temperature}, offset {offset}: expected finite ones, the first above 0")
+        before = self.config.metrics.get("calibration", {"temperature": 1.0, "offset": 0.0})
+        record = {
+            "temperature": before["temperature"] * temperature,
+            "offset": before["offset"] / temperature + offset,
+            **facts,
+        }
+        head = self.with_config(metrics={**self.config.metrics, "calibration": record})
+        with torch.no_grad():
+            head.weight[-1] /= temperature
+            head.bias[-1] /= temperature
+            head.bias[-1] += offset
         return head
 
     def init_state(

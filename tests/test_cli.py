@@ -227,7 +227,7 @@ class TestTrainAndEvaluate:
         assert sorted(path.name for path in head.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
         code, out, _ = run(capsys, "eval", rollouts, "--model", model_folder, "--head", head, "--n", "1,4", "--json")
-        facts = json.loads(out)
+        [facts] = [task["evaluation"] for task in json.loads(out)["tasks"]]
         assert code == 0
         assert list(facts["accuracy"]) == ["1", "4"]
         assert facts["accuracy"]["4"]["random"]["mean"] == pytest.approx(0.5)

@@ -246,54 +246,6 @@ def train(
         raise refusal
 
 
-@app.command(name="eval")
-def evaluate_(
-    rollouts: Annotated[Path, typer.Argument(help="Rollouts on problems that the head was not trained on.")],
-    head: Head,
-    model: Model,
-    n: Annotated[str | None, typer.Option(help="Numbers of answers to pick from, such as 1,4,16.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Answers a forward.")] = 16,
-    allow_mismatch: AllowMismatch = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Compare SWIFT's pick with random pick, majority vote, the shortest or surest answer, and the oracle."""
-    from swift_kernels.cli import render
-    from swift_kernels.evaluation.compare import check_ns
-    from swift_kernels.evaluation.evaluate import evaluate, score_rollouts
-    from swift_kernels.training.rollouts import read, tokenized
-    from swift_kernels.training.train import check_same_model
-
-    ns = None if n is None else _parse_integers("--n", n)
-    _at_least("--batch-size", batch_size, 1)
-    content = read(rollouts)
-    check_ns(content.rollouts, ns)
-    for line in content.notes:
-        render.note(line)
-    lm, tokenizer = _load_model(model, device, dtype)
-    reward_head = _load_head(head, lm, allow_mismatch)
-    if not allow_mismatch:
-        check_same_model(content, lm)
-    items = tokenized(content.rollouts, tokenizer)
-    with render.progress("scoring", len(items)) as update:
-        scores = score_rollouts(
-            lm,
-            reward_head,
-            items,
-            batch_size=batch_size,
-            allow_mismatch=allow_mismatch,
-            on_progress=update,
-        )
-    evaluation = evaluate(items, scores, ns)
-    render.emit(
-        {"rollouts": str(rollouts), "head": head, "model": model, **evaluation.to_dict()},
-        as_json,
-        render.evaluation_table(evaluation, f"Best-of-N accuracy on {evaluation.problems} problems of {rollouts}"),
-        render.evaluation_lines(evaluation),
-    )
-
-
 @app.command(name="best-of")
 def best_of(
     model: Model,
@@ -351,18 +303,21 @@ def best_of(
         top_k=top_k,
         **({"stop_strings": list(stop)} if stop else {}),
     )
-    table = Table("score", "tokens", "finished", "answer")
+    chances = ["P(correct)"] if reward_head.config.is_calibrated else []
+    table = Table("score", *chances, "tokens", "finished", "answer")
     for candidate in sorted(best.candidates, key=lambda c: -c.score if c.score == c.score else float("inf")):
         shown = " ".join(cut_at_stop(candidate.text, stop).split())
         finished = "yes" if candidate.finished else "no"
-        table.add_row(f"{candidate.score:.4f}", str(candidate.token_count), finished, Text(shown))
+        chance = render.score_facts(reward_head, candidate.score).get("p_correct")
+        cells = [f"{candidate.score:.4f}", *(["" if chance is None else f"{chance:.3f}"] if chances else [])]
+        table.add_row(*cells, str(candidate.token_count), finished, Text(shown))
     facts = {
         "text": cut_at_stop(best.text, stop),
-        "score": render.number(best.score),
+        **render.score_facts(reward_head, best.score),
         "candidates": [
             {
                 "text": cut_at_stop(candidate.text, stop),
-                "score": render.number(candidate.score),
+                **render.score_facts(reward_head, candidate.score),
                 "token_count": candidate.token_count,
                 "finished": candidate.finished,
                 "token_ids": candidate.token_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,18 @@ from rich.text import Text
 
 from swift_kernels.evaluation.compare import SELECTOR_NAMES
 from swift_kernels.evaluation.evaluate import Evaluation
-from swift_kernels.evaluation.metrics import Estimate
+from swift_kernels.evaluation.study import TaskStudy, Transfer
+from swift_kernels.evaluation.wording import evaluation_facts, p_value, percent, points, study_facts
 from swift_kernels.progress import Update
 
 PIPE_WIDTH = 100
 LOG_INTERVAL = 30.0
 """Seconds between lines of progress where stderr is no terminal."""
+
+LEGEND = (
+    "Percent right; in brackets 95% intervals, bootstrapped over problems; ties count in expectation\n"
+    "p: two-sided sign-flip test over problems, adjusted for the comparisons in one table (Holm)"
+)
 
 SHOWN_NS = 5
 """Columns of N that fit beside the comparison; of more, some in the middle are left to `--json`."""
@@ -89,18 +96,6 @@ def progress(description: str, total: int, quiet: bool = False) -> Iterator[Upda
     console.print(line(), markup=False, soft_wrap=True)
 
 
-def percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
-
-
-def points(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
-
-
-def p_value(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def plain_table(title: str | None) -> Table:
     return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
@@ -122,30 +117,45 @@ def evaluation_table(evaluation: Evaluation, title: str | None = None) -> Table:
             Text(name, "bold" if key == "swift" else ""),
             *(f"{100 * evaluation.accuracy[n][key].mean:.1f}" for n in smaller),
             percent(evaluation.accuracy[largest][key]),
-            *(() if ahead is None else (points(ahead), p_value(ahead.p))),
+            *(() if ahead is None else (points(ahead), p_value(evaluation.adjusted_p[f"swift - {key}"]))),
         )
     return table
 
 
 def evaluation_lines(evaluation: Evaluation) -> str:
     """What goes below the table: AUC, counts, what is left out, and how to read the figures."""
-    auc = evaluation.auc
-    lines = []
-    if not math.isnan(auc.mean):
-        lines.append(
-            f"Within-problem AUC {auc.mean:.3f} ({auc.low:.3f}-{auc.high:.3f}), over the "
-            f"{evaluation.mixed_problems} of {evaluation.problems} problems with right and wrong answers"
-        )
-    if evaluation.unscored:
-        lines.append(f"{evaluation.unscored} of {evaluation.candidates} answers have no scored token; never chosen")
-    lines += evaluation.notes
-    if len(evaluation.accuracy) > SHOWN_NS:
-        lines.append(f"{SHOWN_NS} of {len(evaluation.accuracy)} N are shown; --json has all")
-    lines += [
-        "Percent right; in brackets 95% intervals, bootstrapped over problems; ties count in expectation",
-        "p: two-sided sign-flip test over problems, not corrected for making several comparisons",
-    ]
-    return "\n".join(lines)
+    return "\n".join([*evaluation_facts(evaluation), *_hidden(evaluation), LEGEND])
+
+
+def _hidden(evaluation: Evaluation) -> list[str]:
+    """Says that the table has no column for every N."""
+    count = len(evaluation.accuracy)
+    return [f"{SHOWN_NS} of {count} N are shown; --json has all"] if count > SHOWN_NS else []
+
+
+def study_parts(study: TaskStudy) -> list[RenderableType]:
+    """The table and lines of one task."""
+    evaluation = study.evaluation
+    title = f"{study.task}: Best-of-N accuracy on {evaluation.problems} problems of {study.rollouts}, by {study.head}"
+    facts = [*study_facts(study), *_hidden(evaluation)]
+    lines = [textwrap.fill(fact, PIPE_WIDTH, subsequent_indent="  ") for fact in facts]
+    return [evaluation_table(evaluation, title), "\n".join([*lines, ""])]
+
+
+def transfer_table(found: Transfer) -> Table:
+    """Rows are heads, columns tasks."""
+    table = plain_table("Heads on the tasks of others: accuracy of the pick, difference from the task's own head, AUC")
+    table.add_column("head", overflow="fold")
+    for task, n in zip(found.tasks, found.n, strict=True):
+        table.add_column(f"{task}, N={n}", justify="right", overflow="fold")
+    for row, head in enumerate(found.heads):
+        cells = []
+        for column in range(len(found.tasks)):
+            gap = found.difference[row][column]
+            parts = [percent(found.accuracy[row][column]), "own" if gap is None else points(gap)]
+            cells.append(" | ".join([*parts, f"{found.auc[row][column].mean:.3f}"]))
+        table.add_row(head, *cells)
+    return table
 
 
 def shown_ns(ns: list[int]) -> list[int]:
@@ -153,6 +163,14 @@ def shown_ns(ns: list[int]) -> list[int]:
     if len(ns) <= SHOWN_NS:
         return ns
     return [ns[round(place * (len(ns) - 1) / (SHOWN_NS - 1))] for place in range(SHOWN_NS)]
+
+
+def score_facts(head: Any, score: float) -> dict[str, float | None]:
+    """A score for JSON, and of a calibrated head the chance that the answer is right."""
+    facts = {"score": number(score)}
+    if head.config.is_calibrated:
+        facts["p_correct"] = number(0.5 * (1 + math.tanh(score / 2)))
+    return facts
 
 
 def number(value: float) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from swift_kernels.cli.render import number
+from swift_kernels.cli.render import score_facts
 from swift_kernels.evaluation.tasks import read_jsonl
 
 
@@ -61,12 +61,16 @@ def score_lines(
             ).tolist()
         )
         for row in part:
+            own = [score_facts(head, next(values)) for _ in row.get("responses", [None])]
             if "responses" in row:
-                row = {**row, "scores": [number(next(values)) for _ in row["responses"]]}
+                row = {**row, **{_SEVERAL[key]: [facts[key] for facts in own] for key in own[0]}}
             else:
-                row = {**row, "score": number(next(values))}
+                row = {**row, **own[0]}
             yield json.dumps(row, ensure_ascii=False)
         on_progress(start + len(part))
+
+
+_SEVERAL = {"score": "scores", "p_correct": "p_correct"}
 
 
 def _is_text(value: Any) -> bool:

@@ -128,6 +128,7 @@ def baselines_table(result: Ablation) -> Table:
     """The base against what needs no head."""
     from swift_kernels.cli import render
     from swift_kernels.evaluation.compare import SELECTOR_NAMES
+    from swift_kernels.evaluation.wording import p_value, percent, points
 
     base = result.results[0]
     *smaller, largest = render.shown_ns(list(base.accuracy))
@@ -143,8 +144,8 @@ def baselines_table(result: Ablation) -> Table:
         table.add_row(
             SELECTOR_NAMES[key],
             *(f"{100 * rows[key][n].mean:.1f}" for n in smaller),
-            render.percent(rows[key][largest]),
-            *(() if lead is None else (render.points(lead), render.p_value(lead.p))),
+            percent(rows[key][largest]),
+            *(() if lead is None else (points(lead), p_value(lead.p))),
         )
     return table
 
@@ -152,6 +153,7 @@ def baselines_table(result: Ablation) -> Table:
 def axis_table(result: Ablation, axis: str) -> Table:
     """The base and the variants along one axis."""
     from swift_kernels.cli import render
+    from swift_kernels.evaluation.wording import p_value, percent, points
 
     table = render.plain_table(TITLES[axis])
     table.add_column("head", no_wrap=True)
@@ -161,8 +163,8 @@ def axis_table(result: Ablation, axis: str) -> Table:
         gain = own.difference
         table.add_row(
             own.variant.name,
-            render.percent(own.accuracy[max(own.accuracy)]),
-            *(("", "") if gain is None else (render.points(gain), render.p_value(gain.p))),
+            percent(own.accuracy[max(own.accuracy)]),
+            *(("", "") if gain is None else (points(gain), p_value(gain.p))),
             f"{own.auc.mean:.3f} ({own.auc.low:.3f}-{own.auc.high:.3f})",
         )
     return table

@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from swift_kernels.evaluation import metrics
+from swift_kernels.evaluation import metrics, selectors
 from swift_kernels.evaluation.metrics import Difference, Estimate
+from swift_kernels.evaluation.selectors import Selector
 from swift_kernels.training.rollouts import Response, Rollout
 
 Scores = Sequence[Sequence[float]]
@@ -21,6 +23,12 @@ SELECTOR_NAMES = {
     "logprob": "log-probability",
     "self_certainty": "self-certainty",
     "swift": "SWIFT",
+    "swift_vote": "vote weighted by SWIFT",
+    "reward": "external reward",
+    "reward_vote": "vote weighted by reward",
+    "rank": "SWIFT and reward, by rank",
+    "min_max": "SWIFT and reward, min-max",
+    "weighted": "SWIFT and reward, weighted",
     "oracle": "oracle (pass@N)",
 }
 """What people read, in the order of their tables."""
@@ -67,16 +75,22 @@ class Comparison:
         return metrics.estimate(self.aucs(name))
 
 
-def compare(rollouts: Sequence[Rollout], tables: Mapping[str, Scores], ns: Sequence[int] | None = None) -> Comparison:
-    """Compares named score tables, the baselines that the rollouts allow, and the oracle.
+def compare(
+    rollouts: Sequence[Rollout],
+    tables: Mapping[str, Scores],
+    ns: Sequence[int] | None = None,
+    rules: Mapping[str, Selector] | None = None,
+) -> Comparison:
+    """Compares named score tables and rules, the baselines that the rollouts allow, and the oracle.
 
     At each n of `ns`, by default 1, 2, 4, ... and the number of candidates. The selectors are "random", "vote", those
-    of `baseline_scores`, the tables and "oracle".
+    of `baseline_scores`, the tables, the rules and "oracle".
     """
     ns = check_ns(rollouts, ns)
     correct = [[candidate.correct for candidate in rollout.candidates] for rollout in rollouts]
     answers = [[candidate.answer for candidate in rollout.candidates] for rollout in rollouts]
     baselines, notes = baseline_scores(rollouts)
+    rules = {"vote": selectors.vote(answers), **(rules or {})}
     for name, table in tables.items():
         if name in {"random", "vote", "oracle", *_BASELINES}:
             raise ValueError(f"{name!r} names a selector that needs no scores: name them otherwise")
@@ -86,16 +100,21 @@ def compare(rollouts: Sequence[Rollout], tables: Mapping[str, Scores], ns: Seque
     values = {
         n: {
             "random": [metrics.best_of_k([0.0] * len(c), c, n) for c in correct],
-            "vote": [metrics.vote_at_k(a, c, n) for a, c in zip(answers, correct, strict=True)],
+            "vote": _won(rules["vote"], correct, n),
             **{
                 name: [metrics.best_of_k(s, c, n) for s, c in zip(table, correct, strict=True)]
                 for name, table in scores.items()
             },
+            **{name: _won(rule, correct, n) for name, rule in rules.items() if name != "vote"},
             "oracle": [metrics.pass_at_k(c, n) for c in correct],
         }
         for n in ns
     }
     return Comparison(values, scores, correct, notes)
+
+
+def _won(rule: Selector, correct: Sequence[Sequence[bool]], n: int) -> list[float]:
+    return [metrics.picked_at_k(partial(rule, problem), grades, n) for problem, grades in enumerate(correct)]
 
 
 def check_ns(rollouts: Sequence[Rollout], ns: Sequence[int] | None) -> list[int]:

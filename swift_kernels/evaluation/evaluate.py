@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from swift_kernels.evaluation import metrics
 from swift_kernels.evaluation.compare import Scores, compare
 from swift_kernels.evaluation.metrics import Difference, Estimate, estimate
+from swift_kernels.evaluation.selectors import Selector
 from swift_kernels.training.rollouts import Rollout
 
 
@@ -20,6 +21,7 @@ class Evaluation:
     Attributes:
         accuracy: for each n, the accuracy of each selector that the rollouts allow.
         differences: at the largest n, "swift - random", "swift - vote", ..., paired by problem; the oracle has none.
+        adjusted_p: their p-values, adjusted for being several (Holm).
         auc: within-problem AUC, over the problems that have right and wrong candidates.
         problems, mixed_problems: how many there are, and how many have right and wrong candidates.
         candidates, unscored: how many there are, and how many have no score.
@@ -28,6 +30,7 @@ class Evaluation:
 
     accuracy: dict[int, dict[str, Estimate]]
     differences: dict[str, Difference]
+    adjusted_p: dict[str, float]
     auc: Estimate
     problems: int
     mixed_problems: int
@@ -78,17 +81,29 @@ def score_rollouts(
     return scores
 
 
-def evaluate(rollouts: Sequence[Rollout], scores: Scores, ns: Sequence[int] | None = None) -> Evaluation:
-    """Evaluates every selector at each n of `ns` (by default 1, 2, 4, ... and the number of candidates)."""
-    compared = compare(rollouts, {"swift": scores}, ns)
+def evaluate(
+    rollouts: Sequence[Rollout],
+    scores: Scores,
+    ns: Sequence[int] | None = None,
+    *,
+    tables: Mapping[str, Scores] | None = None,
+    rules: Mapping[str, Selector] | None = None,
+) -> Evaluation:
+    """Evaluates every selector at each n of `ns` (by default 1, 2, 4, ... and the number of candidates).
+
+    `tables` and `rules` are what is compared besides, as in `compare`.
+    """
+    compared = compare(rollouts, {"swift": scores, **(tables or {})}, ns, rules)
     aucs = compared.aucs("swift")
+    differences = {
+        f"swift - {other}": compared.difference("swift", other)
+        for other in compared.selectors
+        if other not in ("swift", "oracle")
+    }
     return Evaluation(
         accuracy={n: {name: compared.accuracy(name, n) for name in compared.selectors} for n in compared.values},
-        differences={
-            f"swift - {other}": compared.difference("swift", other)
-            for other in compared.selectors
-            if other not in ("swift", "oracle")
-        },
+        differences=differences,
+        adjusted_p=dict(zip(differences, metrics.holm([each.p for each in differences.values()]), strict=True)),
         auc=estimate(aucs),
         problems=len(rollouts),
         mixed_problems=sum(not math.isnan(auc) for auc in aucs),

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-
-from swift_kernels.selection.pick import majority_indices
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 FLIPS = 10_000
 SUBSETS = 512
-"""Subsets a vote is counted over; where there are more, this many are drawn with a fixed seed."""
+"""Subsets that a choice is made in whose rule looks at all of them, as a vote does; where there are more, this many are
+drawn with a fixed seed."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,22 @@ class Difference(Estimate):
 def best_of_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
     """Probability that the best-scored of k random candidates is right; NaN scores are never chosen."""
     _check(len(scores), len(correct), k)
-    order = np.argsort(np.nan_to_num(-np.asarray(scores, dtype=float), nan=np.inf), kind="stable")
-    ranked = np.asarray(scores, dtype=float)[order]
-    right = np.where(np.isnan(ranked), 0.0, np.asarray(correct, dtype=float)[order])
-    # Among equal scores each is as likely to be taken.
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    sizes = np.diff(np.r_[starts, len(ranked)])
-    right = np.repeat(np.add.reduceat(right, starts) / sizes, sizes)
+    right = by_rank(scores, np.where(np.isnan(np.asarray(scores, dtype=float)), 0.0, np.asarray(correct, dtype=float)))
     n = len(scores)
     # The candidate of rank i (from 0) is the best of those subsets whose other members all rank below it.
     weights = [math.comb(n - 1 - rank, k - 1) / math.comb(n, k) for rank in range(n)]
     return float(np.dot(weights, right))
+
+
+def by_rank(scores: Sequence[float], values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Values in the order of descending scores, NaN last; those of equal scores have their mean."""
+    sample = np.asarray(scores, dtype=float)
+    missing = np.isnan(sample)
+    order = np.lexsort((-sample, missing))
+    ranked, absent = sample[order], missing[order]
+    starts = np.flatnonzero(np.r_[True, (ranked[1:] != ranked[:-1]) & ~(absent[1:] & absent[:-1])])
+    sizes = np.diff(np.r_[starts, len(ranked)])
+    return np.repeat(np.add.reduceat(np.asarray(values, dtype=float)[order], starts) / sizes, sizes)
 
 
 def pass_at_k(correct: Sequence[bool], k: int) -> float:
@@ -63,25 +68,26 @@ def pass_at_k(correct: Sequence[bool], k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def vote_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> float:
-    """Probability that the majority vote of k random candidates is right; tied answers share it equally.
+def picked_at_k(chances: Callable[[np.ndarray], np.ndarray], correct: Sequence[bool], k: int) -> float:
+    """Probability that what a rule picks among k random candidates is right; for rules that look at all k of them.
 
-    Exact where there are at most `SUBSETS` subsets.
+    Args:
+        chances: of subsets of the candidates' indices, `[subsets, k]`, the chance that each member is picked, likewise.
     """
-    n = len(answers)
-    _check(n, len(correct), k)
+    _check(len(correct), len(correct), k)
+    chosen = subsets(len(correct), k)
+    return float((chances(chosen) * np.asarray(correct, dtype=float)[chosen]).sum(axis=1).mean())
+
+
+@lru_cache(maxsize=64)
+def subsets(n: int, k: int) -> np.ndarray:
+    """Indices `[subsets, k]` of all subsets of k of n, or of `SUBSETS` random ones where there are more."""
     if math.comb(n, k) <= SUBSETS:
-        subsets = list(itertools.combinations(range(n), k))
+        found = np.array(list(itertools.combinations(range(n), k)))
     else:
-        generator = np.random.default_rng(0)
-        subsets = [tuple(generator.choice(n, k, replace=False)) for _ in range(SUBSETS)]
-    total = 0.0
-    for subset in subsets:
-        # Tied answers hold equally many candidates, so the mean over those is the mean over the answers.
-        winners = majority_indices([answers[index] for index in subset])
-        if winners:
-            total += sum(correct[subset[index]] for index in winners) / len(winners)
-    return total / len(subsets)
+        found = np.random.default_rng(0).permuted(np.tile(np.arange(n), (SUBSETS, 1)), axis=1)[:, :k]
+    found.flags.writeable = False
+    return found
 
 
 def within_problem_auc(scores: Sequence[float], correct: Sequence[bool]) -> float:
@@ -99,10 +105,12 @@ def within_problem_auc(scores: Sequence[float], correct: Sequence[bool]) -> floa
     return float((ranks[np.asarray(correct, dtype=bool)].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
-def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Mean of per-problem values and its percentile bootstrap interval; NaN values are left out."""
+def estimate(values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None) -> Estimate:
+    """Mean of per-problem values and its bootstrap interval; NaN values and those of weight 0 are left out."""
     sample = np.asarray(values, dtype=float)
-    sample = sample[~np.isnan(sample)]
+    weight = np.ones(len(sample)) if weights is None else np.asarray(weights, dtype=float)
+    known = ~np.isnan(sample) & (weight > 0)
+    sample, weight = sample[known], weight[known]
     if not len(sample):
         return Estimate(math.nan, math.nan, math.nan)
     generator = np.random.default_rng(seed)
@@ -110,8 +118,12 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     chunk = max(1, 10_000_000 // len(sample))
     for start in range(0, RESAMPLES, chunk):
         size = min(chunk, RESAMPLES - start)
-        means[start : start + size] = sample[generator.integers(len(sample), size=(size, len(sample)))].mean(axis=1)
-    return Estimate(float(sample.mean()), *_interval(means))
+        drawn = generator.integers(len(sample), size=(size, len(sample)))
+        if weights is None:
+            means[start : start + size] = sample[drawn].mean(axis=1)
+        else:
+            means[start : start + size] = (sample * weight)[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
+    return Estimate(float(np.average(sample, weights=weight)), *_interval(means, len(sample)))
 
 
 def estimate_runs(runs: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
@@ -131,7 +143,7 @@ def estimate_runs(runs: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
         stop = min(start + chunk, RESAMPLES)
         problems = generator.integers(sample.shape[1], size=(stop - start, sample.shape[1]))
         means[start:stop] = (sample[:, problems].mean(axis=2).T * runs_drawn[start:stop]).sum(axis=1)
-    return Estimate(float(sample.mean()), *_interval(means))
+    return Estimate(float(sample.mean()), *_interval(means, sample.shape[1]))
 
 
 def difference_runs(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0) -> Difference:
@@ -171,6 +183,17 @@ def sign_flip_p(differences: Sequence[float], flips: int = FLIPS, seed: int = 0)
     return (as_far + 1) / (flips + 1)
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values of several comparisons, each adjusted so that the chance of any false alarm stays as stated (Holm)."""
+    adjusted = [math.nan] * len(ps)
+    known = sorted((index for index, p in enumerate(ps) if not math.isnan(p)), key=lambda index: ps[index])
+    largest = 0.0
+    for rank, index in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def without_nan(value: Any) -> Any:
     """For JSON, which has no NaN: null."""
     if isinstance(value, dict):
@@ -180,8 +203,27 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _interval(means: np.ndarray) -> tuple[float, float]:
+def with_nan(value: Any) -> Any:
+    """The reverse of `without_nan`, for the figures that may be NaN."""
+    if isinstance(value, dict):
+        return {
+            key: math.nan if item is None and key in ("mean", "low", "high", "p", "ece", "area") else with_nan(item)
+            for key, item in value.items()
+        }
+    return [with_nan(item) for item in value] if isinstance(value, list) else value
+
+
+def _interval(means: np.ndarray, problems: int) -> tuple[float, float]:
+    """Quantiles of the resampled means, moved outwards as far as Student's t is wider than the normal distribution.
+
+    Resampling n problems makes the spread of their mean too small by (n - 1) / n; the plain percentiles of 20 problems
+    cover 93% (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3).
+    """
+    from scipy.special import ndtr, stdtrit
+
     tail = (1 - CONFIDENCE) / 2
+    if problems > 1:
+        tail = float(ndtr(math.sqrt(problems / (problems - 1)) * stdtrit(problems - 1, tail)))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from swift_kernels.evaluation.compare import SELECTOR_NAMES
 from swift_kernels.evaluation.evaluate import Evaluation
-from swift_kernels.evaluation.metrics import Difference, Estimate
+from swift_kernels.evaluation.metrics import Difference
+from swift_kernels.evaluation.wording import percent
 from swift_kernels.features import HIDDEN_STATES
 from swift_kernels.head import HeadConfig
 from swift_kernels.training.fit import Fit, Recipe
@@ -150,7 +151,7 @@ def _results(evaluation: Evaluation) -> list[str]:
             ahead = evaluation.differences.get(f"swift - {key}")
             cells = [
                 f"**{name}**" if key == "swift" else name,
-                *(_percent(evaluation.accuracy[n][key]) for n in ns),
+                *(percent(evaluation.accuracy[n][key]) for n in ns),
                 *(("", "") if ahead is None else _points(ahead)),
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -262,10 +263,6 @@ def _source(config: HeadConfig) -> str:
 def _layers(layers: tuple[int, ...]) -> str:
     whole = layers == tuple(range(layers[0], layers[-1] + 1))
     return f"{layers[0]}..{layers[-1]}" if whole and len(layers) > 2 else ", ".join(map(str, layers))
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:.1f} ({100 * estimate.low:.1f}-{100 * estimate.high:.1f})"
 
 
 def _points(difference: Difference) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from swift_kernels.evaluation.compare import SELECTOR_NAMES, baseline_scores, compare, default_ns
+from swift_kernels.evaluation.compare import baseline_scores, compare, default_ns
 from swift_kernels.evaluation.evaluate import evaluate
 from swift_kernels.training.rollouts import Confidence, Response, Rollout
 
@@ -179,8 +179,10 @@ def test_tables_that_do_not_fit_are_refused(tables: dict[str, list[list[float]]]
 def test_swift_is_compared_with_all_but_the_oracle() -> None:
     problems = [RIGHT_IS_SURE] * 40
     result = evaluate(problems, [[1.0, 0.0, 0.0]] * 40)
-    assert list(result.accuracy[3]) == list(SELECTOR_NAMES)
-    assert list(result.differences) == [f"swift - {name}" for name in SELECTOR_NAMES if name not in ("swift", "oracle")]
+    others = ["random", "vote", "length", "logprob", "self_certainty"]
+    assert list(result.accuracy[3]) == [*others, "swift", "oracle"]
+    assert list(result.differences) == list(result.adjusted_p) == [f"swift - {name}" for name in others]
+    assert all(result.adjusted_p[name] >= found.p for name, found in result.differences.items())
     assert result.differences["swift - length"].mean == pytest.approx(1 / 2)
     assert result.differences["swift - length"].p < 0.001
     assert result.differences["swift - logprob"].p == 1.0

@@ -1,0 +1,177 @@
+"""One report of an evaluation, as a page that opens without a network and as markdown, from the JSON of `eval`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swift_kernels import files
+from swift_kernels.evaluation import page, plots
+from swift_kernels.evaluation.compare import SELECTOR_NAMES
+from swift_kernels.evaluation.evaluate import Evaluation
+from swift_kernels.evaluation.metrics import with_nan
+from swift_kernels.evaluation.plots import Picture
+from swift_kernels.evaluation.study import Study, Transfer
+from swift_kernels.evaluation.wording import p_value, percent, points, study_facts
+
+HOW_TO_READ = (
+    "Accuracies are percent of problems whose pick is right, at each N the mean over all subsets of N of a problem's "
+    "answers; ties count in expectation. Intervals are 95%, bootstrapped over problems. Differences are paired by "
+    "problem; p is that of a two-sided sign-flip test, adjusted for the number of comparisons in its table (Holm). "
+    "P(correct), abstention, votes that SWIFT weighs and weighted means use temperatures and weights that were fitted "
+    "to other problems of the file than those they are judged by."
+)
+
+
+class ReportError(ValueError):
+    """A file that no report can be made of; the message names it and says what was expected."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with facts, a table (its first row the header) whose line `ours` is SWIFT's, and pictures."""
+
+    title: str
+    facts: Sequence[str]
+    table: Sequence[Sequence[str]]
+    ours: int | None
+    pictures: Sequence[Picture]
+
+
+def read(path: Path) -> Study:
+    """The evaluation in a file of `swift-kernels eval --output`."""
+    try:
+        return Study.from_dict(_read_object(path))
+    except ReportError:
+        raise
+    except ValueError as error:
+        raise ReportError(f"{path} is {error}") from None
+
+
+def read_ablation(path: Path) -> dict[str, Any]:
+    """What `swift-kernels ablate --output` wrote."""
+    found = with_nan(_read_object(path))
+    if missing := sorted({"results", "baselines", "train_problems", "test_problems", "task"}.difference(found)):
+        raise ReportError(f"{path} has no {missing[0]!r}: expected a file of `swift-kernels ablate --output`")
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ReportError(f"{path} is not JSON, is it truncated? {error}") from None
+    if not isinstance(found, dict):
+        raise ReportError(f"{path} holds a {type(found).__name__}: expected an object")
+    return found
+
+
+def write_html(study: Study, path: Path, ablation: Mapping[str, Any] | None = None) -> None:
+    """Writes the page, complete or not at all."""
+    with page.drawing() as pyplot:
+        sections = [
+            {**vars(section), "pictures": [(page.inline_svg(p.figure), p.caption) for p in section.pictures]}
+            for section in _sections(study, ablation, pyplot)
+        ]
+    files.write_text(path, page.render("report.html", title=_title(study), how=HOW_TO_READ, sections=sections))
+
+
+def write_markdown(study: Study, path: Path, ablation: Mapping[str, Any] | None = None) -> None:
+    """Writes the report and, into a folder beside it named after it, its pictures."""
+    folder = path.with_name(f"{path.stem}-pictures")
+    lines = [f"# {_title(study)}", "", HOW_TO_READ, ""]
+    with page.drawing() as pyplot:
+        for section in _sections(study, ablation, pyplot):
+            lines += [f"## {section.title}", "", *(f"- {fact}" for fact in section.facts), ""]
+            if section.table:
+                head, *rows = section.table
+                lines += [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+                lines += [
+                    _row([f"**{cell}**" if place == section.ours and cell else cell for cell in row])
+                    for place, row in enumerate(rows)
+                ]
+                lines.append("")
+            for picture in section.pictures:
+                svg = str(page.inline_svg(picture.figure))
+                files.write_text(folder / f"{picture.name}.svg", svg)
+                lines += [f"![{picture.caption}]({folder.name}/{picture.name}.svg)", "", picture.caption, ""]
+    files.write_text(path, "\n".join(lines).rstrip() + "\n")
+
+
+def _title(study: Study) -> str:
+    return f"Best-of-N with SWIFT on {study.model}"
+
+
+def _sections(study: Study, ablation: Mapping[str, Any] | None, pyplot: Any) -> list[Section]:
+    sections = []
+    for index, task in enumerate(study.tasks):
+        name = f"{index + 1}-{re.sub(r'[^a-z0-9]+', '-', task.task.lower()).strip('-')}"
+        table, ours = _table(task.evaluation)
+        facts = [
+            f"{task.evaluation.problems} problems, {task.evaluation.candidates:,} answers of {task.rollouts}, "
+            f"head {task.head}",
+            *study_facts(task),
+        ]
+        sections.append(Section(task.task, facts, table, ours, list(plots.task_pictures(task, name, pyplot))))
+    if study.transfer is not None:
+        picture = Picture(
+            "transfer",
+            "Accuracy of each head's picks on each task, 95% intervals; bold is the task's own head. Shades compare "
+            "heads on one task.",
+            plots.transfer(study.transfer, pyplot),
+        )
+        table = _transfer_table(study.transfer)
+        sections.append(Section("Heads on the tasks of others", [], table, None, [picture]))
+    if ablation is not None:
+        figure = plots.training_problems(ablation, pyplot)
+        facts = [f"{ablation['train_problems']} training problems at most, {ablation['test_problems']} test problems"]
+        if figure is None:
+            facts.append("The ablation did not vary the number of training problems: `ablate --vary problems` does")
+            pictures = []
+        else:
+            caption = "Accuracy and AUC against the number of training problems; bands are 95% intervals over both."
+            pictures = [Picture("training-problems", caption, figure)]
+        sections.append(Section(f"Training problems: {ablation['task']}", facts, [], None, pictures))
+    return sections
+
+
+def _table(evaluation: Evaluation) -> tuple[list[list[str]], int]:
+    """A selector a line, and which line is SWIFT's."""
+    *smaller, largest = evaluation.accuracy
+    last = evaluation.accuracy[largest]
+    names = [key for key in SELECTOR_NAMES if key in last]
+    rows = [["picked by", *(f"N={n}" for n in evaluation.accuracy), "SWIFT is ahead, paired", "p"]]
+    for key in names:
+        gap = evaluation.differences.get(f"swift - {key}")
+        rows.append(
+            [
+                SELECTOR_NAMES[key],
+                *(f"{100 * evaluation.accuracy[n][key].mean:.1f}" for n in smaller),
+                percent(last[key]),
+                *(("", "") if gap is None else (points(gap), p_value(evaluation.adjusted_p[f"swift - {key}"]))),
+            ]
+        )
+    return rows, names.index("swift")
+
+
+def _transfer_table(found: Transfer) -> list[list[str]]:
+    rows = [["head", *(f"{task}, N={n}" for task, n in zip(found.tasks, found.n, strict=True))]]
+    for head, accuracies, gaps in zip(found.heads, found.accuracy, found.difference, strict=True):
+        rows.append(
+            [
+                head,
+                *(
+                    f"{percent(own)}; " + ("own head" if gap is None else f"{points(gap)}, p {p_value(gap.p)}")
+                    for own, gap in zip(accuracies, gaps, strict=True)
+                ),
+            ]
+        )
+    return rows
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
