@@ -11,7 +11,7 @@ from swift_kernels.evaluation.calibration import Abstention, Calibration, Reliab
 from swift_kernels.evaluation.compare import SELECTOR_NAMES
 from swift_kernels.evaluation.evaluate import Evaluation
 from swift_kernels.evaluation.metrics import Estimate
-from swift_kernels.evaluation.page import OTHERS, OURS
+from swift_kernels.evaluation.page import OTHERS, OURS, inline_svg
 from swift_kernels.evaluation.study import OverOptimization, TaskStudy, Transfer
 from swift_kernels.evaluation.wording import percent
 
@@ -28,43 +28,47 @@ COLOURS = {"swift": OURS, "oracle": INK, "swift_vote": "#4f9bd9"} | dict(
 
 @dataclass(frozen=True)
 class Picture:
-    """A matplotlib figure, a name for its file, and what it shows."""
+    """An SVG element, a name for its file, and what it shows; the figure that it is made of is closed."""
 
     name: str
     caption: str
-    figure: Any
+    svg: str
+
+    @classmethod
+    def of(cls, name: str, caption: str, figure: Any) -> Picture:
+        return cls(name, caption, inline_svg(figure))
 
 
 def task_pictures(task: TaskStudy, name: str, pyplot: Any) -> Iterator[Picture]:
     """Those of one task; what its data do not allow is left out."""
     evaluation = task.evaluation
     if len(evaluation.accuracy) > 1:
-        yield Picture(
+        yield Picture.of(
             f"{name}-accuracy",
             "Accuracy of the pick against the number of answers it is picked from; bands are 95% intervals over "
             "problems. A line that falls is over-optimisation.",
             accuracy(evaluation, pyplot),
         )
-    yield Picture(
+    yield Picture.of(
         f"{name}-selectors",
         "Left, accuracy at the largest N; right, how far SWIFT is ahead, paired by problem. Lines are 95% intervals.",
         selectors(evaluation, pyplot),
     )
     if task.over_optimization is not None and len(evaluation.accuracy) > 1:
-        yield Picture(
+        yield Picture.of(
             f"{name}-belief",
             "What the head believes of its picks, mean P(correct), and what is so. Where belief grows and accuracy "
             "does not, more answers only find what the head overrates.",
             belief(task.over_optimization, evaluation, pyplot),
         )
     if task.calibration is not None:
-        yield Picture(
+        yield Picture.of(
             f"{name}-reliability",
             "Share that is right against P(correct), on problems that did not fit the temperature. Marks grow with the "
             "number of answers; on the diagonal, chances mean what they say.",
             reliability(task.calibration, pyplot),
         )
-        yield Picture(
+        yield Picture.of(
             f"{name}-abstention",
             "Accuracy among the problems that are answered when the least sure are left out; bands are 95% intervals.",
             abstention(task.calibration, pyplot),

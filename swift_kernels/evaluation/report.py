@@ -73,10 +73,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def write_html(study: Study, path: Path, ablation: Mapping[str, Any] | None = None) -> None:
     """Writes the page, complete or not at all."""
     with page.drawing() as pyplot:
-        sections = [
-            {**vars(section), "pictures": [(page.inline_svg(p.figure), p.caption) for p in section.pictures]}
-            for section in _sections(study, ablation, pyplot)
-        ]
+        sections = _sections(study, ablation, pyplot)
     files.write_text(path, page.render("report.html", title=_title(study), how=HOW_TO_READ, sections=sections))
 
 
@@ -96,8 +93,7 @@ def write_markdown(study: Study, path: Path, ablation: Mapping[str, Any] | None 
                 ]
                 lines.append("")
             for picture in section.pictures:
-                svg = str(page.inline_svg(picture.figure))
-                files.write_text(folder / f"{picture.name}.svg", svg)
+                files.write_text(folder / f"{picture.name}.svg", picture.svg)
                 lines += [f"![{picture.caption}]({folder.name}/{picture.name}.svg)", "", picture.caption, ""]
     files.write_text(path, "\n".join(lines).rstrip() + "\n")
 
@@ -118,7 +114,7 @@ def _sections(study: Study, ablation: Mapping[str, Any] | None, pyplot: Any) -> 
         ]
         sections.append(Section(task.task, facts, table, ours, list(plots.task_pictures(task, name, pyplot))))
     if study.transfer is not None:
-        picture = Picture(
+        picture = Picture.of(
             "transfer",
             "Accuracy of each head's picks on each task, 95% intervals; bold is the task's own head. Shades compare "
             "heads on one task.",
@@ -134,7 +130,7 @@ def _sections(study: Study, ablation: Mapping[str, Any] | None, pyplot: Any) -> 
             pictures = []
         else:
             caption = "Accuracy and AUC against the number of training problems; bands are 95% intervals over both."
-            pictures = [Picture("training-problems", caption, figure)]
+            pictures = [Picture.of("training-problems", caption, figure)]
         sections.append(Section(f"Training problems: {ablation['task']}", facts, [], None, pictures))
     return sections
 
