@@ -393,10 +393,17 @@ def demo(
 
 
 def _load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    from swift_kernels.integrations.models import load_model
+
+    chosen = _check_placement(device, dtype)
+    return load_model(name, chosen, device)
+
+
+def _check_placement(device: str | None, dtype: str | None) -> Any:
+    """The dtype, before any model is loaded with it; then transformers says nothing but errors."""
     import torch
 
     from swift_kernels.head import DTYPES
-    from swift_kernels.integrations.models import load_model
 
     dtypes = {**DTYPES, "float16": torch.float16}
     if dtype is not None and dtype not in dtypes:
@@ -410,7 +417,7 @@ def _load_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, 
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return load_model(name, None if dtype is None else dtypes[dtype], device)
+    return None if dtype is None else dtypes[dtype]
 
 
 def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:

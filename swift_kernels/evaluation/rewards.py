@@ -113,7 +113,8 @@ def read_rewards(path: str | Path, rollouts: Sequence[Rollout], column: str = CO
         totals = {key: sum(row[key] for row in costs) for key in ("seconds", "tokens", "flops", "answers")}
         cost = RewardCost(parameters=header["reward_model"]["parameters"], device=header["device"], **totals)
     name = header["reward_model"]["name"] if header else path.stem
-    return Rewards(name, table, _notes(path, values, places, rollouts), cost)
+    too_long = sum(row["too_long"] for row in costs)
+    return Rewards(name, table, _notes(path, values, places, rollouts, too_long), cost)
 
 
 class RewardWriter:
@@ -217,7 +218,7 @@ def _values(row: dict[str, Any], column: str, rollout: Rollout, place: str) -> l
     for number, value in enumerate(values):
         if value is not None and type(value) not in (int, float):
             raise RewardFileError(f"{place}: {column}[{number}] is {value!r}: expected a number, or null for none")
-    if row.get("digest", "") not in ("", digest(rollout)):
+    if "digest" in row and row["digest"] != digest(rollout):
         raise RewardFileError(
             f"{place}: these are rewards of other answers to problem {rollout.id!r}: expected those of these rollouts, "
             "make them anew with `swift-kernels reward`"
@@ -226,14 +227,19 @@ def _values(row: dict[str, Any], column: str, rollout: Rollout, place: str) -> l
 
 
 def _cost(row: dict[str, Any], place: str) -> dict[str, Any]:
-    for key, kinds in (("seconds", (int, float)), ("tokens", (int,)), ("flops", (int,)), ("answers", (int,))):
+    for key in ("seconds", "tokens", "flops", "answers", "too_long"):
+        kinds = (int, float) if key == "seconds" else (int,)
         if type(row.get(key)) not in kinds or not 0 <= row[key] < math.inf:
-            raise RewardFileError(f"{place}: {key} is {row.get(key)!r}: expected a number as the header's format has")
+            raise RewardFileError(f"{place}: {key} is {row.get(key)!r}: expected a number of at least 0")
     return row
 
 
 def _notes(
-    path: Path, values: Mapping[str, Sequence[float]], places: Mapping[str, str], rollouts: Sequence[Rollout]
+    path: Path,
+    values: Mapping[str, Sequence[float]],
+    places: Mapping[str, str],
+    rollouts: Sequence[Rollout],
+    too_long: int,
 ) -> list[str]:
     notes = []
     if unknown := [identity for identity in places if identity not in values]:
@@ -248,5 +254,6 @@ def _notes(
         )
     if without := sum(math.isnan(value) for row in values.values() for value in row):
         total = sum(map(len, values.values()))
-        notes.append(f"{path}: {without} of {total} answers have no reward, and are never picked")
+        why = f", {too_long} of them as they are too long for the reward model," if too_long else ""
+        notes.append(f"{path}: {without} of {total} answers have no reward{why} and are never picked")
     return notes
