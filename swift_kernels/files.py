@@ -98,7 +98,7 @@ def other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> s
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    for key in sorted(there.keys() | here.keys()):
+    for key in dict.fromkeys([*here, *there]):
         old, new = there.get(key), here.get(key)
         if old == new:
             continue

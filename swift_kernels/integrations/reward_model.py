@@ -99,12 +99,12 @@ class RewardModel:
                 "name": self.name,
                 "architecture": type(self._model).__name__,
                 "parameters": self.parameters,
-                "weights": _digest(self._model),
             },
             "label": self.label,
             "output": self.output,
             "reads": self.reads,
             "dtype": str(self._model.dtype).removeprefix("torch."),
+            "weights": _digest(self._model),
             "device": self.device,
         }
 

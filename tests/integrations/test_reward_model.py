@@ -52,7 +52,7 @@ def alone(model: Any, tokenizer: Any, answer: str) -> torch.Tensor:
 
 
 @FAMILIES
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_reward_is_that_of_the_answer_alone(family: str, batch_size: int) -> None:
     model, tokenizer = MADE[family]()
     found = RewardModel(model, tokenizer, family).score(PROMPT, ANSWERS, batch_size)
@@ -153,7 +153,7 @@ class TestLoading:
         model, tokenizer = classifiers.llama(labels=2, chat=True)
         rm = load_reward_model(str(classifiers.save(tmp_path / "rm", (model, tokenizer))), label=1, device="cpu")
         settings = rm.settings()
-        assert len(settings["reward_model"].pop("weights")) == 16
+        assert len(settings.pop("weights")) == 16
         assert settings == {
             "reward_model": {
                 "name": "rm",

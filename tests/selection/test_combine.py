@@ -89,14 +89,14 @@ def test_leading_axes_are_batches(rule: Rule) -> None:
         np.testing.assert_array_equal(found[place], rule(scores[place], rewards[place]))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(PAIRS)
 def test_ranks_do_not_change_under_monotone_maps(pair: tuple[list[float], list[float]]) -> None:
     scores, rewards = map(np.array, pair)
     np.testing.assert_array_equal(rank_combination(scores**3, np.exp2(rewards)), rank_combination(scores, rewards))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(PAIRS, st.sampled_from([0.25, 1.0, 8.0]), st.integers(-8, 8))
 def test_min_max_does_not_change_under_affine_maps(
     pair: tuple[list[float], list[float]], slope: float, shift: int
@@ -107,7 +107,7 @@ def test_min_max_does_not_change_under_affine_maps(
 
 
 @RULES
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(pair=PAIRS, data=st.data())
 def test_candidates_in_another_order_keep_their_values(
     rule: Rule, pair: tuple[list[float], list[float]], data: st.DataObject
@@ -118,7 +118,7 @@ def test_candidates_in_another_order_keep_their_values(
 
 
 @RULES
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(pair=PAIRS)
 def test_it_has_a_value_where_both_inputs_have(rule: Rule, pair: tuple[list[float], list[float]]) -> None:
     scores, rewards = map(np.array, pair)
@@ -151,7 +151,7 @@ def test_weighted_vote(answers: list[str | None], weights: list[float], expected
     assert weighted_vote(answers, weights) == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(-1, 3), st.integers(-8, 8).map(float) | st.just(NAN)), min_size=1, max_size=8),
     st.data(),
