@@ -211,7 +211,7 @@ def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
 
 
 def compare_fingerprints(recorded: dict[str, Any], actual: dict[str, Any]) -> tuple[str, bool]:
-    """As `compare_model`, of two fingerprints that sample the same embedding row."""
+    """As `compare_model`, of a model that was recorded too."""
     for key in ("architecture", "hidden_size", "num_hidden_layers"):
         if recorded[key] != actual[key]:
             return f"{key} is {actual[key]}, expected {recorded[key]}", False

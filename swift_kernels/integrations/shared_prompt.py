@@ -108,6 +108,24 @@ def score_responses(
     allow_mismatch: bool = False,
 ) -> Tensor:
     """float32 `[responses]` scores on the CPU, NaN where no token counts; token ids as `score_texts` takes them."""
+    return trace_responses(model, head, prompt, responses, batch_size=batch_size, allow_mismatch=allow_mismatch)[0]
+
+
+def trace_responses(
+    model: Any,
+    head: SwiftHead,
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    allow_mismatch: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scores of `score_responses` with what they are made of, on the CPU.
+
+    Returns:
+        float32 `[responses]` scores; float32 `[tokens, 2]`, sigmoid gate and reward of the scored tokens; and int64
+        `[responses + 1]`, cumulative numbers of these.
+    """
     model = generating_model(model)
     check_head(model, head, allow_mismatch=allow_mismatch)
     eos = eos_token_ids(model)
@@ -120,4 +138,5 @@ def score_responses(
         logits[places] += schema.project([entry], weight, weight.new_zeros(weight.shape[0])).cpu()
 
     cu_seqlens = forward_responses(model, head.config, prompt, responses, add, batch_size=batch_size)
-    return schema.pool(logits, cu_seqlens, head.config.gate)[0][:, 0]
+    scores, gate_reward = schema.pool(logits, cu_seqlens, head.config.gate)
+    return scores[:, 0], gate_reward[:, 0], cu_seqlens
