@@ -13,8 +13,15 @@ OTHERS = ("#c44e52", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c
 
 
 def render(template: str, **context: Any) -> str:
-    """The page made from a file of `templates/`; text is escaped, what `inline_svg` made is not."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    """The page made from a file of `templates/`; text is escaped, what `inline_svg` made is not.
+
+    Raises:
+        ImportError: jinja2 is not installed; the message names the extra.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise ImportError("pages need jinja2: pip install 'swift_kernels[report]'") from error
 
     environment = Environment(
         loader=PackageLoader("swift_kernels.evaluation"),
@@ -26,8 +33,8 @@ def render(template: str, **context: Any) -> str:
     return environment.get_template(template).render(context)
 
 
-def inline_svg(figure: Any) -> Any:
-    """A matplotlib figure as an SVG element for a page; the figure is closed."""
+def inline_svg(figure: Any, label: str | None = None) -> Any:
+    """A matplotlib figure as an SVG element for a page; the figure is closed. `label` is what screen readers say."""
     from markupsafe import Markup
     from matplotlib import pyplot
 
@@ -36,7 +43,10 @@ def inline_svg(figure: Any) -> Any:
     figure.savefig(written, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     text = written.getvalue()
-    return Markup(text[text.index("<svg") :])
+    text = text[text.index("<svg") :]
+    if label is not None:
+        text = text.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(label)}"', 1)
+    return Markup(text)
 
 
 @contextmanager
