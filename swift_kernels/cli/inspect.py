@@ -115,9 +115,10 @@ def inspect(
             "Head": head,
             "Reads": _sources(reward_head),
             "Model": (config.base_model or {}).get("name", "unknown"),
-            "Task": config.task or "unknown",
+            "Trained for": config.task or "unknown",
             "Answers": f"{rollouts}: {len(content.rollouts)} problems, "
-            f"{sum(len(item.candidates) for item in content.rollouts)} answers",
+            f"{sum(len(item.candidates) for item in content.rollouts)} answers"
+            + (f", task {content.task}" if content.task else ""),
         },
         weights=weight_mass(reward_head, deviation),
         scaled=deviation is not None,

@@ -64,7 +64,8 @@ def running(answers: Sequence[Answer], names: Mapping[int, str]) -> Any:
     """The score after each scored token, an answer a line; those of `names`, by rank, are drawn bold and named."""
     with drawing() as pyplot:
         figure, axes = pyplot.subplots(figsize=(WIDTH, 3.0))
-        labelled = set()
+        labelled: set[str] = set()
+        ends: list[tuple[int, float, str, str]] = []
         # Named ones last, on top of the others.
         for answer in sorted(answers, key=lambda own: own.rank in names):
             right, name = answer.response.correct, names.get(answer.rank)
@@ -77,13 +78,17 @@ def running(answers: Sequence[Answer], names: Mapping[int, str]) -> Any:
             axes.plot(len(values), values[-1], ".", markersize=6 if name else 3, alpha=alpha, color=style["color"])
             if name:
                 labelled.add(kind)
-                place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontweight": "bold"}
-                axes.annotate(name, (len(values), values[-1]), color=style["color"], **place)
+                ends.append((len(values), values[-1], name, style["color"]))
+        _name_ends(axes, ends)
         axes.set_xlabel("scored tokens")
         axes.set_ylabel("score so far")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.03)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        kinds = [kind for kind in ("right", "wrong") if kind in handles]
+        axes.legend(
+            [handles[kind] for kind in kinds], kinds, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+        )
         return figure
 
 
@@ -101,6 +106,17 @@ def _band(
     for place in others:
         spread = [[mean[place] - low[place]], [high[place] - mean[place]]]
         axes.errorbar(place, mean[place], spread, fmt="o", color=colour, label=None if layers else label)
+
+
+def _name_ends(axes: Any, ends: Sequence[tuple[int, float, str, str]]) -> None:
+    """Writes the names of lines (length, last value, name, colour) where they end; those that meet share a place."""
+    low, high = axes.get_ylim()
+    taken: dict[tuple[int, int], int] = {}
+    for length, value, name, colour in sorted(ends, key=lambda end: end[2]):
+        place = (length, round(12 * (value - low) / (high - low)))
+        offset = taken[place] = taken.get(place, -1) + 1
+        style = {"textcoords": "offset points", "va": "center", "fontweight": "bold", "color": colour}
+        axes.annotate(name, (length, value), xytext=(5 + 10 * offset, 0), **style)
 
 
 def _name_entries(axes: Any, entries: Sequence[int | str]) -> None:

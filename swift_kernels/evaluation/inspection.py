@@ -141,6 +141,7 @@ def render(inspection: Inspection) -> str:
         else page.inline_svg(charts.probe(probe, inspection.head_auc), "Accuracy and AUC of a probe of each layer"),
         problems=[_problem_view(own, inspection.gate) for own in inspection.shown],
         ink=colours.INK,
+        clipped=round(100 * CLIPPED),
         confidence=round(100 * metrics.CONFIDENCE),
         heaviest=max(inspection.weights, key=lambda own: own.reward),
     )

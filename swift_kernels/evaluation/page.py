@@ -39,8 +39,9 @@ def inline_svg(figure: Any, label: str | None = None) -> Any:
     from matplotlib import pyplot
 
     written = io.StringIO()
-    # Without a date the same figures give the same page.
-    figure.savefig(written, format="svg", metadata={"Date": None})
+    # Without a date, and with ids that do not differ from run to run, the same figures give the same page.
+    with pyplot.rc_context({"svg.fonttype": "path", "svg.hashsalt": "swift_kernels"}):
+        figure.savefig(written, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     text = written.getvalue()
     text = text[text.index("<svg") :]
@@ -70,9 +71,6 @@ def drawing() -> Iterator[Any]:
         "axes.spines.right": False,
         "axes.grid": True,
         "grid.alpha": 0.25,
-        "svg.fonttype": "path",
-        # Ids of the elements would differ from run to run.
-        "svg.hashsalt": "swift_kernels",
         "figure.constrained_layout.use": True,
     }
     with pyplot.rc_context(style):
