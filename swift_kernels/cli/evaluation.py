@@ -123,6 +123,7 @@ def calibrate(
     from swift_kernels.cli import render
     from swift_kernels.cli.app import _at_least
     from swift_kernels.evaluation.calibration import calibrate as fit
+    from swift_kernels.evaluation.calibration import check_mixed
     from swift_kernels.evaluation.wording import calibration_fact
 
     _at_least("--batch-size", batch_size, 1)
@@ -130,6 +131,8 @@ def calibrate(
         raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
     stores = None if store is None else [store]
     contents = _read([rollouts], stores, model)
+    # Before a model runs over all of them.
+    check_mixed([candidate.correct for item in contents[0].rollouts for candidate in item.candidates])
     scored = _scores(contents, stores, model, [head], batch_size, allow_mismatch, device, dtype)
     [items], [[scores]] = scored.items, scored.tables
     correct = [[candidate.correct for candidate in item.candidates] for item in items]

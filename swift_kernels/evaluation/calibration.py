@@ -113,20 +113,18 @@ def fit_scaling(scores: Table, correct: Sequence[Sequence[bool]]) -> Scaling:
     from scipy.optimize import minimize
     from scipy.special import log_expit
 
-    rows, labels, weights = [], [], []
+    rows: list[float] = []
+    labels: list[bool] = []
+    weights: list[float] = []
     for row, grades in zip(scores, correct, strict=True):
         kept = [(score, grade) for score, grade in zip(row, grades, strict=True) if math.isfinite(score)]
         rows += [score for score, _ in kept]
         labels += [grade for _, grade in kept]
         weights += [1 / max(1, len(kept))] * len(kept)
     values, right, weight = np.array(rows), np.array(labels, dtype=bool), np.array(weights)
-    if not right.any() or right.all():
-        what = (
-            "no answer has a finite score"
-            if not len(right)
-            else f"all answers are {'right' if right.any() else 'wrong'}"
-        )
-        raise ValueError(f"{what}: expected right and wrong ones to calibrate on")
+    if not len(right):
+        raise ValueError("no answer has a finite score: expected right and wrong ones to calibrate on")
+    check_mixed(labels)
     weight /= weight.sum()
     center, spread = values.mean(), values.std() or 1.0
     standard = (values - center) / spread
@@ -142,6 +140,14 @@ def fit_scaling(scores: Table, correct: Sequence[Sequence[bool]]) -> Scaling:
     found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-3, None), (None, None)])
     slope, level = found.x
     return Scaling(float(spread / slope), float(level - slope * center / spread))
+
+
+def check_mixed(grades: Sequence[bool]) -> None:
+    """Raises where all answers are right, or all wrong: there is no chance to learn from them."""
+    if len(set(grades)) == 1:
+        raise ValueError(
+            f"all answers are {'right' if grades[0] else 'wrong'}: expected right and wrong ones to calibrate on"
+        )
 
 
 def fold_of_problems(keys: Sequence[str], folds: int = FOLDS, seed: int = 0) -> list[int]:

@@ -71,7 +71,7 @@ def running(answers: Sequence[Answer], names: Mapping[int, str]) -> Any:
             right, name = answer.response.correct, names.get(answer.rank)
             values = answer.trace.running().tolist()
             kind = "right" if right else "wrong"
-            style = {"color": RIGHT if right else WRONG, "linestyle": "-" if right else (0, (4, 2))}
+            style: dict[str, Any] = {"color": RIGHT if right else WRONG, "linestyle": "-" if right else (0, (4, 2))}
             width, alpha = (1.9, 1.0) if name else (0.8, 0.35)
             label = None if kind in labelled or not name else kind
             axes.plot(range(1, len(values) + 1), values, linewidth=width, alpha=alpha, label=label, **style)

@@ -192,6 +192,9 @@ def _check_header(row: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
+    for number, candidate in enumerate(_typed(row["candidates"], list, "candidates"), start=1):
+        if isinstance(candidate, dict) and candidate.get("correct") is None:
+            raise TypeError(f"candidate {number} has no label: expected correct, true or false, as a grader gives it")
     candidates = [
         Response(
             token_ids=_token_ids(_typed(candidate, dict, "a candidate")["token_ids"], "token_ids"),
