@@ -5,22 +5,197 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
+from contextlib import suppress
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
+
+from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_answer
+
+TAIL = 20_000
+"""Characters at the end of a response in which an answer that nothing marks is looked for."""
+
+MEMORY = 4 * 2**30
+"""Bytes of address space that an answer's evaluation may take; beyond them it is wrong."""
+
+ABSOLUTE, RELATIVE = Fraction(1, 10**6), Fraction(5, 10**6)
+"""How far a decimal may be from the exact value: six decimals, and six significant digits."""
 
 
 def answer(question: dict[str, str]) -> Any:
     """The canonical answer in `question["text"]`; with a reference, whether the two are equal."""
-    from math_verify import parse, verify
+    found = final_answer(question["text"])
+    if "reference" not in question:
+        return canonical(parse_answer(found)) or None if found else None
+    return bool(found) and equal(parse_answer(question["reference"]), parse_answer(found))
+
+
+def final_answer(text: str) -> str:
+    """The answer as it stands in a response, empty if there is none."""
+    marked = marked_answer(text)
+    if marked is not None:
+        return marked
+    from math_verify import parse
+    from math_verify.grader import get_pct_val
 
     # None switches math-verify's own alarm off: the parent process keeps the time.
-    found = parse(question["text"], parsing_timeout=None)
-    if "reference" not in question:
-        return str(found[0]) if found else None
-    # Without an environment around it, LaTeX such as \frac{1}{2} is not recognised as an expression.
-    reference = question["reference"]
-    expected = parse(f"${reference}$", parsing_timeout=None) or parse(reference, parsing_timeout=None)
-    return bool(verify(expected, found, timeout_seconds=None))
+    found = parse(text[-TAIL:], _configs(), parsing_timeout=None)
+    if not found or not isinstance(found[-1], str):
+        return str(found[0]) if found else ""
+    return found[-1] + ("\\%" if get_pct_val(found[0]) is not None and "%" not in found[-1] else "")
+
+
+def equal(reference: Node, found: Node) -> bool:
+    """Whether an answer equals the reference; see `math_answers` for what counts as said."""
+    if reference.name and found.name and reference.name != found.name:
+        # y = 2x and x = y/2 are one line; x = 5 and y = 5 are not.
+        return bool(re.search(r"[a-zA-Z]", _right(reference) + _right(found))) and _same(reference.raw, found.raw)
+    if reference.kind == found.kind == "leaf":
+        return _equal_leaves(reference, found)
+    for one, other in ((reference, found), (found, reference)):
+        if one.kind in ("list", "set") and len(one.items) == 1 and other.kind == "leaf":
+            return equal(*((one.items[0], other) if one is reference else (other, one.items[0])))
+    kinds = {reference.kind, found.kind}
+    if kinds <= {"list", "set"} or kinds == {"union"}:
+        return _matched(reference.items, found.items)
+    if len(kinds) == 1 or kinds == {"list", "()"}:
+        return _in_order(reference.items, found.items)
+    if kinds == {"matrix", "()"}:
+        return _in_order(_column(reference), _column(found))
+    # (2, 5) is 2 < x < 5, and 2A is a matrix.
+    if "leaf" in kinds and any(sign in reference.raw + found.raw for sign in ("<", ">", "\\le", "\\ge", "\\begin")):
+        return _same(_unnamed(reference), _unnamed(found))
+    return False
+
+
+def canonical(node: Node) -> str:
+    """One text for most of the ways to write an answer."""
+    if node.kind in ("list", "set"):
+        return "{" + ", ".join(sorted(map(canonical, node.items))) + "}"
+    if node.kind == "union":
+        return " U ".join(sorted(map(canonical, node.items)))
+    if node.kind != "leaf":
+        opening, closing = node.kind if len(node.kind) == 2 else "()"
+        return opening + ", ".join(map(canonical, _column(node))) + closing
+    if node.word is not None or node.base is not None:
+        return node.word or f"{node.text}_{node.base}"
+    if node.value is not None:
+        return str(node.value)
+    with suppress(Exception):
+        return str(_expression(node.text)[0].doit())
+    return re.sub(r"\s", "", node.text)
+
+
+def _right(node: Node) -> str:
+    return node.raw.rpartition("=")[2]
+
+
+def _unnamed(node: Node) -> str:
+    return _right(node).rpartition("\\in")[2] if node.name and "\\infty" not in node.raw else node.raw
+
+
+def _column(node: Node) -> tuple[Node, ...]:
+    """A matrix of one column reads like a tuple."""
+    if node.kind == "matrix" and all(len(row.items) == 1 for row in node.items):
+        return tuple(row.items[0] for row in node.items)
+    return node.items
+
+
+def _in_order(references: tuple[Node, ...], found: tuple[Node, ...]) -> bool:
+    return len(references) == len(found) and all(map(equal, references, found))
+
+
+def _matched(references: tuple[Node, ...], found: tuple[Node, ...]) -> bool:
+    left = list(found)
+    for reference in references:
+        match = next((item for item in left if equal(reference, item)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return not left
+
+
+def _equal_leaves(reference: Node, found: Node) -> bool:
+    if reference.word is not None or found.word is not None:
+        return (reference.word or _plain(reference)) == (found.word or _plain(found))
+    if reference.base or found.base:
+        bases = {reference.base, found.base} - {None}
+        return len(bases) == 1 and _plain(reference) == _plain(found)
+    if reference.unit and found.unit and reference.unit != found.unit:
+        return False
+    if reference.value is not None and found.value is not None:
+        return _equal_numbers(reference, found)
+    if re.sub(r"\s", "", reference.text) == re.sub(r"\s", "", found.text) != "":
+        return reference.percent == found.percent
+    if reference.percent or found.percent:
+        return False
+    if not _same(reference.text, found.text):
+        return False
+    # math-verify compares decimals at six places whatever their size: 0.0000012 would be 10^{-6}.
+    written = next((leaf.value for leaf in (reference, found) if leaf.decimal), None)
+    exact = next((leaf.text for leaf in (reference, found) if not leaf.decimal), None)
+    return written is None or exact is None or _close(written, Fraction(str(_expression(exact)[0].evalf(30))))
+
+
+def _plain(node: Node) -> str:
+    return " ".join(node.text.lstrip("0").casefold().split()) or "0"
+
+
+def _equal_numbers(reference: Node, found: Node) -> bool:
+    decimal = reference.decimal or found.decimal
+    assert reference.value is not None
+    assert found.value is not None
+    pairs = [(reference.value, found.value)]
+    if reference.percent != found.percent:
+        percent, other = (reference.value, found.value) if reference.percent else (found.value, reference.value)
+        # "What percentage": 50 is 50%, as is 0.5. Below 1 a number is no number of percent: 0.5% is not 0.5.
+        pairs = [(percent / 100, other), *([(percent, other)] if abs(percent) >= 1 else [])]
+    return any(a == b or (decimal and _close(a, b)) for a, b in pairs)
+
+
+def _close(a: Fraction, b: Fraction) -> bool:
+    return abs(a - b) <= min(ABSOLUTE, RELATIVE * max(abs(a), abs(b)))
+
+
+def _same(reference: str, found: str) -> bool:
+    """Whether math-verify takes two expressions for equal."""
+    from math_verify import verify
+
+    gold, target = _expression(reference), _expression(found)
+    return bool(gold and target) and bool(verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None))
+
+
+_UNREAD = re.compile(r"\d\s*_|\\text|[:;?@#&\"`]")
+"""What the LaTeX parser drops in silence, as it does the end of 5:6."""
+
+
+@lru_cache(maxsize=512)
+def _expression(latex: str) -> list[Any]:
+    from math_verify import parse
+
+    latex = re.sub(r"\\text\s*\{([a-zA-Z])\}", r"\1", latex)
+    if not latex or (_UNREAD.search(latex) and "\\begin" not in latex):
+        return []
+    return [found for found in parse(f"${latex}$", _configs()[:1], parsing_timeout=None) if not isinstance(found, str)]
+
+
+@lru_cache(maxsize=1)
+def _configs() -> Any:
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+
+    # Units are told apart here; math-verify would also drop the variable of 3c as one.
+    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    return (LatexExtractionConfig(normalization_config=normalization), ExprExtractionConfig())
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def main() -> None:
@@ -30,6 +205,7 @@ def main() -> None:
     import math_verify  # noqa: F401  (the parent waits for this import once, not in its first question)
 
     logging.disable(logging.CRITICAL)
+    _limit_memory()
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         try:
