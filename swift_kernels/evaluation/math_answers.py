@@ -115,6 +115,8 @@ _CHARACTERS = str.maketrans(
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        # Rows of a matrix end in \\cr from here on: half of \\\\ must not be read as a command.
+        (r"\\\\\s*(?:\[[^\]]*\])?", r"\\cr "),
         (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|mbox|hbox|mathrm|operatorname)\s*(?=\{)", r"\\text"),
         (r"\\math(?:bf|it|sf)\s*\{([^{}]*)\}", r"\1"),
         # TeX's ways to set a separator of thousands; a plain comma is judged where lists are split.
@@ -156,6 +158,8 @@ def normalised(answer: str) -> str:
     answer = answer.translate(_CHARACTERS).strip()
     if len(answer) > 1 and answer[0] == answer[-1] == "$":
         answer = answer.strip("$")
+    if "\\begin" not in answer:
+        answer = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", answer)  # escaped twice
     for pattern, replacement in _REWRITES:
         answer = pattern.sub(replacement, answer)
     answer = re.sub(r"\s+", " ", answer).strip(" ,;:")
@@ -186,7 +190,7 @@ def _parse(text: str) -> Node:
     if len(parts := _split(text, ("\\cup",))) > 1:
         return Node("union", text, items=tuple(map(_parse, parts)))
     if (matrix := _MATRIX.fullmatch(text)) and "\\begin" not in matrix[2]:
-        rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", matrix[2]) if row.strip()]
+        rows = [row for row in matrix[2].split("\\cr ") if row.strip()]
         return Node("matrix", text, items=tuple(map(_row, rows)))
     if inner := _enclosed(text):
         opening, content, closing = inner
@@ -264,7 +268,10 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(\s*([A-Z])\s*\)(?:[^,]*)|([A-Z])[.:)]?")
-_LETTERS = re.compile(r"[^\W\d_][^\W\d_]*(?:[ '-]+[^\W\d_]+)*\.?")
+_LETTERS = re.compile(r"[^\W\d_]+(?:(?:'|-| +)[^\W\d_]+)*\.?")
+_PLAIN_WORDS = re.compile(r"[^\W\d_]{4,}(?: [^\W\d_]+)*")
+_PERCENT = re.compile(r"(.*[^\s\\])\s*(?:\\?%|\\text\s*\{\s*(?:percent|\\?%)\s*\}|\s(?:percent|pct))")
+_DEGREES = re.compile(r"(.*\S)\s*\^\\circ(?:\s*(?:\\text\s*\{\s*)?[CF]\s*\}?)?")
 _UNIT_IN_TEXT = re.compile(r"(.*\S)\s*\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*(\d)\s*\}?)?")
 _UNIT_IN_WORDS = re.compile(r"(.*[\d})])(\s*)([a-zA-Z][a-zA-Z./ ]*?)(?:\^\{?(\d)\}?)?")
 _BASE = re.compile(r"\(?(?:\\text\{)?([0-9A-Z]+)\}?\)?_\s*\{?\s*(\d+)\s*\}?")
@@ -293,15 +300,17 @@ def _word(text: str) -> str | None:
     if choice := _CHOICE.fullmatch(plain):
         return (choice[1] or choice[2]).casefold()
     # Unmarked, up to three letters may be a product: abc is cba.
-    long = len(plain) > 3 if not marked else _TEXT.fullmatch(text) and len(plain) > 1
-    return " ".join(plain.rstrip(".").casefold().split()) if long and _LETTERS.fullmatch(plain) else None
+    if (len(plain) > 1 and _TEXT.fullmatch(text) and _LETTERS.fullmatch(plain)) or _PLAIN_WORDS.fullmatch(text):
+        words = plain.rstrip(".").casefold().split()
+        return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+    return None
 
 
 def _without_unit(leaf: Node) -> Node:
     text = leaf.text
-    if percent := re.fullmatch(r"(.*\S)\s*(?:\\?%|\\text\s*\{\s*(?:percent|\\?%)\s*\}|\s(?:percent|pct))", text):
+    if percent := _PERCENT.fullmatch(text):
         return replace(leaf, text=percent[1], percent=True)
-    if degrees := re.fullmatch(r"(.*\S)\s*\^\\circ(?:\s*(?:\\text\s*\{\s*)?[CF]\s*\}?)?", text):
+    if degrees := _DEGREES.fullmatch(text):
         return replace(leaf, text=degrees[1], unit="degree")
     if unit := _UNIT_IN_TEXT.fullmatch(text):
         return replace(leaf, text=unit[1], unit=canonical_unit(unit[2], unit[3]) or leaf.unit)

@@ -23,6 +23,9 @@ MEMORY = 4 * 2**30
 ABSOLUTE, RELATIVE = Fraction(1, 10**6), Fraction(5, 10**6)
 """How far a decimal may be from the exact value: six decimals, and six significant digits."""
 
+_LAST_NUMBER = re.compile(r":\s+(-?\d{1,100}(?:\.\d{1,100})?)\s*\Z")
+"""What math-verify takes in any case where no "answer" is announced: it prefers what ends last."""
+
 
 def answer(question: dict[str, str]) -> Any:
     """The canonical answer in `question["text"]`; with a reference, whether the two are equal."""
@@ -37,6 +40,8 @@ def final_answer(text: str) -> str:
     marked = marked_answer(text)
     if marked is not None:
         return marked
+    if "answer" not in text.casefold() and (last := _LAST_NUMBER.search(text[-TAIL:])):
+        return last[1]
     from math_verify import parse
     from math_verify.grader import get_pct_val
 
@@ -53,12 +58,16 @@ def equal(reference: Node, found: Node) -> bool:
         # y = 2x and x = y/2 are one line; x = 5 and y = 5 are not.
         return bool(re.search(r"[a-zA-Z]", _right(reference) + _right(found))) and _same(reference.raw, found.raw)
     if reference.kind == found.kind == "leaf":
+        if "=" in reference.text + found.text:
+            return _same(reference.raw, found.raw)
         return _equal_leaves(reference, found)
     for one, other in ((reference, found), (found, reference)):
-        if one.kind in ("list", "set") and len(one.items) == 1 and other.kind == "leaf":
-            return equal(*((one.items[0], other) if one is reference else (other, one.items[0])))
+        # The same number in two boxes, as a fraction and as a decimal, is one answer.
+        if one.kind in ("list", "set") and other.kind == "leaf" and one.items:
+            return all(equal(item, other) if one is reference else equal(other, item) for item in one.items)
     kinds = {reference.kind, found.kind}
-    if kinds <= {"list", "set"} or kinds == {"union"}:
+    # Of a union, the parts may also come as inequalities: x < 2 or x > 3.
+    if kinds <= {"list", "set"} or kinds == {"union"} or kinds == {"union", "list"}:
         return _matched(reference.items, found.items)
     if len(kinds) == 1 or kinds == {"list", "()"}:
         return _in_order(reference.items, found.items)
@@ -175,7 +184,7 @@ _UNREAD = re.compile(r"\d\s*_|\\text|[:;?@#&\"`]")
 def _expression(latex: str) -> list[Any]:
     from math_verify import parse
 
-    latex = re.sub(r"\\text\s*\{([a-zA-Z])\}", r"\1", latex)
+    latex = re.sub(r"\\text\s*\{([a-zA-Z])\}", r"\1", latex).replace("\\cr ", r"\\ ")
     if not latex or (_UNREAD.search(latex) and "\\begin" not in latex):
         return []
     return [found for found in parse(f"${latex}$", _configs()[:1], parsing_timeout=None) if not isinstance(found, str)]

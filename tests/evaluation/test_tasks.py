@@ -1,19 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from swift_kernels.evaluation.tasks import Problem, Sums, TaskError, get_task, split_of
-
-
-def shared_data() -> Path:
-    folder = Path(os.environ.get("SWIFT_KERNELS_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is missing: set SWIFT_KERNELS_DATA to a folder with gsm8k_test.jsonl and math500.jsonl")
-    return folder
+from tests.shared_data import shared_data
 
 
 def write_lines(path: Path, rows: list[object]) -> Path:
