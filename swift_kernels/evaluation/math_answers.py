@@ -125,8 +125,11 @@ _REWRITES = [
         (r"\\displaystyle|\\limits|\\!|\*\*(?=$)|^\*\*", ""),
         (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
         (r"\\[()\[\]]", ""),
-        (r"\\(?:lbrace|lbrack)(?![a-zA-Z])", r"\\{"),
-        (r"\\(?:rbrace|rbrack)(?![a-zA-Z])", r"\\}"),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\lbrack(?![a-zA-Z])", "["),
+        (r"\\rbrack(?![a-zA-Z])", "]"),
+        (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset"),
         (r"\\langle(?![a-zA-Z])", "("),
         (r"\\rangle(?![a-zA-Z])", ")"),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -176,7 +179,7 @@ _SPLIT_TOKENS = re.compile(r"\\begin|\\end|\\cup(?![a-zA-Z])|\\[{}]|\\.|[()\[\]{
 _OPENING, _CLOSING = frozenset({"(", "[", "{", "\\{", "\\begin"}), frozenset({")", "]", "}", "\\}", "\\end"})
 _LARGE_NUMBER = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})*$")
 _SOLIDUS = re.compile(r"(?<![\\<>!])=")
-_NAME = re.compile(r"(?:\\?[a-zA-Z]+|\\text\s*\{[^{}]*\}|[ (),']|\\angle|_\s*(?:\{[^{}]*\}|\w)|[({]\d[)}])+")
+_NAME = re.compile(r"(?:\\?[a-zA-Z]|\\text\s*\{[^{}]*\}|[ (),']|_\s*(?:\{[^{}]*\}|\w)|[({]\d[)}])+")
 _MATRIX = re.compile(r"\\begin\s*\{([pb]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}")
 
 

@@ -17,6 +17,9 @@ from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_ans
 TAIL = 20_000
 """Characters at the end of a response in which an answer that nothing marks is looked for."""
 
+LONGEST = 5_000
+"""Characters of an answer; what is longer is none."""
+
 MEMORY = 4 * 2**30
 """Bytes of address space that an answer's evaluation may take; beyond them it is wrong."""
 
@@ -30,6 +33,8 @@ _LAST_NUMBER = re.compile(r":\s+(-?\d{1,100}(?:\.\d{1,100})?)\s*\Z")
 def answer(question: dict[str, str]) -> Any:
     """The canonical answer in `question["text"]`; with a reference, whether the two are equal."""
     found = final_answer(question["text"])
+    if len(found) > LONGEST:
+        return None
     if "reference" not in question:
         return canonical(parse_answer(found)) or None if found else None
     return bool(found) and equal(parse_answer(question["reference"]), parse_answer(found))
@@ -196,7 +201,9 @@ def _configs() -> Any:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig
 
     # Units are told apart here; math-verify would also drop the variable of 3c as one.
-    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
     return (LatexExtractionConfig(normalization_config=normalization), ExprExtractionConfig())
 
 
