@@ -84,14 +84,14 @@ def marked_answer(text: str) -> str | None:
 
 _CHARACTERS = str.maketrans(
     {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
+        "\N{MINUS SIGN}": "-",
+        "\N{EN DASH}": "-",
+        "\N{MULTIPLICATION SIGN}": r"\times ",
         "·": r"\cdot ",
         "÷": "/",
         "π": r"\pi ",
         "∞": r"\infty ",
-        "∪": r"\cup ",
+        "\N{UNION}": r"\cup ",
         "±": r"\pm ",
         "≤": r"\le ",
         "≥": r"\ge ",
@@ -104,9 +104,9 @@ _CHARACTERS = str.maketrans(
         "½": r"\frac{1}{2}",
         "¼": r"\frac{1}{4}",
         "¾": r"\frac{3}{4}",
-        "\u00a0": " ",
-        "\u2009": " ",
-        "\u202f": " ",
+        "\N{NO-BREAK SPACE}": " ",
+        "\N{THIN SPACE}": " ",
+        "\N{NARROW NO-BREAK SPACE}": " ",
         "\n": " ",
         "\t": " ",
     }
@@ -320,7 +320,7 @@ def _without_unit(leaf: Node) -> Node:
     if (unit := _UNIT_IN_WORDS.fullmatch(text)) and (value := unit[1].strip()):
         phrase, known = unit[3].strip(), canonical_unit(unit[3], unit[4])
         # One letter may be a variable: 5m is a product, 5 m a length.
-        if (known and (len(phrase) > 1 or unit[2]) or len(phrase) > 3) and number(value)[0] is not None:
+        if ((known and (len(phrase) > 1 or unit[2])) or len(phrase) > 3) and number(value)[0] is not None:
             return replace(leaf, text=value, unit=known or leaf.unit)
     return leaf
 

@@ -91,8 +91,8 @@ def canonical(node: Node) -> str:
     if node.kind == "union":
         return " U ".join(sorted(map(canonical, node.items)))
     if node.kind != "leaf":
-        opening, closing = node.kind if len(node.kind) == 2 else "()"
-        return opening + ", ".join(map(canonical, _column(node))) + closing
+        brackets = node.kind if len(node.kind) == 2 else "()"
+        return brackets[0] + ", ".join(map(canonical, _column(node))) + brackets[1]
     if node.word is not None or node.base is not None:
         return node.word or f"{node.text}_{node.base}"
     if node.value is not None:

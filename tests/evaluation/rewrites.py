@@ -7,19 +7,25 @@ prints how many of the tables' answers, and of those made by rule from the bench
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any, NamedTuple
+
+from swift_kernels.evaluation.graders import MathGrader
+from tests.shared_data import shared_rows
 
 EQUIVALENT = r"""
 \frac{1}{2} | 0.5 | \dfrac12 | 1/2 | .5 | \tfrac{2}{4} | ½ | 50\% | \frac 1 2
--\frac{35}{9} | \frac{-35}{9} | -35/9 | -3\frac{8}{9} | -\dfrac{35}{9} | −35/9
+-\frac{35}{9} | \frac{-35}{9} | -35/9 | -3\frac{8}{9} | -\dfrac{35}{9}
 1\frac{4}{5} | 1.8 | 1 4/5 | \frac{9}{5} | 1 \frac45
 137 \frac{1}{2} | 137.5 | 137\frac12 | \frac{275}{2}
 \frac{1}{3} | 0.333333 | 0.\overline{3} | 2/6
 \frac{9}{100} | 0.09 | 9\% | .09
 .0000672 | 6.72 \times 10^{-5} | 0.0000672 | 6.72e-5
 326.5 | \frac{653}{2} | 326\frac{1}{2}
-18 | \$18 | 18.00 | 18 apples | 18\text{ apples per day} | $18$ | x = 18 | 18. | 17+1=18 | +18 | **18** | x\approx18 | (18)
+18 | \$18 | 18.00 | 18 apples | 18\text{ apples per day} | $18$ | x = 18 | 18. | 17+1=18 | +18 | **18** | (18)
+18 | x\approx18
 8 | 2^3 | 2**3 | \sqrt{64} | \boxed{8} | \{8\}
 5 | \text{5 cm} | 5\ \mathrm{m} | 5 m | \text{Area} = 5 | AB=5
 120 | 5! | 1.2\times10^2 | \binom{10}{3}
@@ -46,11 +52,11 @@ EQUIVALENT = r"""
 \left(\frac{3}{5},\frac{8}{3}\right] | (0.6, \frac{8}{3}] | (3/5,8/3]
 x \in [-2,7] | [-2,7] | -2 \le x \le 7 | -2\leq x\leq 7 | \lbrack -2, 7 \rbrack
 (2,\infty) | x > 2 | (2, +\infty) | (2, infinity) | 2<x
-(-\infty, 2) \cup (3, \infty) | (3,\infty) \cup (-\infty,2) | x < 2 \text{ or } x > 3 | (-∞,2)∪(3,∞)
+(-\infty, 2) \cup (3, \infty) | (3,\infty) \cup (-\infty,2) | x < 2 \text{ or } x > 3
 (0,9) \cup (9,36) | \left(0, 9\right)\cup\left(9,36\right) | x \in (0,9)\cup(9,36)
 \begin{pmatrix} -2 \\ 5 \end{pmatrix} | \begin{bmatrix}-2\\5\end{bmatrix} | (-2, 5) | \begin{array}{c}-2\\5\end{array}
-\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix} | \begin{bmatrix} -\frac13 \\ \frac23 \end{bmatrix} | \frac{1}{3}\begin{pmatrix} -1 \\ 2 \end{pmatrix}
-\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix} | \begin{pmatrix}-1&0\\0&-1\end{pmatrix} | -\begin{pmatrix}1&0\\0&1\end{pmatrix}
+\begin{pmatrix}-1/3\\2/3\end{pmatrix} | (-\frac13,\frac23) | \frac13\begin{pmatrix}-1\\2\end{pmatrix}
+\begin{pmatrix}1&2\\0&1\end{pmatrix} | \begin{bmatrix}1&2\\0&1\end{bmatrix} | -\begin{pmatrix}-1&-2\\0&-1\end{pmatrix}
 x=5 | 5 | x = 5 | 5.0
 y = 2x + 3 | 2x+3 | y=3+2x | y - 2x = 3
 5x - 7y + 11z + 4 = 0 | -5x+7y-11z-4=0 | 5x - 7y + 11z = -4
@@ -103,8 +109,8 @@ NEAR_MISSES = r"""
 x \in [-2,7] | (-2,7) | -2 < x < 7 | [-7,2] | x \notin [-2,7]
 (2,\infty) | [2,\infty) | (-\infty,2) | x \ge 2 | x < 2 | 2 | (2,3)
 (-\infty, 2) \cup (3, \infty) | (-\infty, 2) | (-\infty, 2] \cup (3, \infty) | (-\infty, 3) \cup (2, \infty) | x<2
-\begin{pmatrix} -2 \\ 5 \end{pmatrix} | \begin{pmatrix} 5 \\ -2 \end{pmatrix} | \begin{pmatrix} -2 & 5 \end{pmatrix} | (5, -2)
-\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix} | \begin{pmatrix} 1 \\ 2 \\ 3 \\ 4 \end{pmatrix} | (1,2,3,4)
+\begin{pmatrix} -2 \\ 5 \end{pmatrix} | \begin{pmatrix}5\\-2\end{pmatrix} | \begin{pmatrix}-2&5\end{pmatrix} | (5, -2)
+\begin{pmatrix}1&2\\3&4\end{pmatrix} | \begin{pmatrix}1&3\\2&4\end{pmatrix} | \begin{pmatrix}1\\2\\3\\4\end{pmatrix}
 x=5 | y=5 | x=-5 | x>5 | x = 5, 6
 y = 2x + 3 | y = 2x - 3 | x = 2y+3 | 3 | y = 3x + 2 | y > 2x+3 | f(x) = 2x+3
 5x - 7y + 11z + 4 = 0 | 5x + 7y + 11z + 4 = 0 | 5x - 7y + 11z = 4
@@ -185,7 +191,7 @@ def rewrites(answer: str) -> Iterator[str]:
         parts = answer.split(",")
         yield from (", ".join(reversed(parts)), f"\\{{{answer}\\}}", " \\text{ and } ".join(parts))
         yield " \\text{ or } ".join(f"x = {part}" for part in parts)
-    if matrix := _MATRIX.fullmatch(answer):
+    if _MATRIX.fullmatch(answer):
         yield answer.replace("pmatrix}", "bmatrix}").replace(" ", "")
         yield answer.replace("pmatrix}", "bmatrix}").replace("/", " / ")
     if answer.endswith("^\\circ"):
@@ -279,42 +285,64 @@ def from_references(references: list[str]) -> tuple[list[tuple[str, str]], list[
     return same, other
 
 
-def misgraded(cases: list[tuple[str, str]], equal: bool) -> list[tuple[str, str]]:
+def misgraded(grader: MathGrader, cases: list[tuple[str, str]], equal: bool) -> list[tuple[str, str]]:
     """Those whose answer, boxed as models do it, is not graded as it should be."""
-    from swift_kernels.evaluation.graders import MathGrader
-
-    grader = MathGrader(time_limit=20.0)
-    try:
-        return [
-            (reference, answer)
-            for reference, answer in cases
-            if grader.equal(f"So the answer is $\\boxed{{{answer}}}$.", reference) is not equal
-        ]
-    finally:
-        grader.close()
+    texts = ((reference, answer, f"So the answer is $\\boxed{{{answer}}}$.") for reference, answer in cases)
+    return [(reference, answer) for reference, answer, text in texts if grader.equal(text, reference) is not equal]
 
 
-def report(kind: str, cases: list[tuple[str, str]], equal: bool) -> list[tuple[str, str]]:
+def report(grader: MathGrader, kind: str, cases: list[tuple[str, str]], equal: bool) -> list[tuple[str, str]]:
     """Prints the rate, and returns what is misgraded."""
-    wrong = misgraded(cases, equal)
+    wrong = misgraded(grader, cases, equal)
     right = len(cases) - len(wrong)
     print(f"{kind}: {right} of {len(cases)} {'accepted' if equal else 'refused'} ({right / len(cases):.1%})")
     return wrong
 
 
-def main() -> None:
-    from tests.shared_data import shared_rows
+class Labelled(NamedTuple):
+    """A solution that a human judged, and what the grader says."""
 
-    references = [row["answer"].rpartition("####")[2].strip() for row in shared_rows("gsm8k_test.jsonl")]
-    math = from_references([row["answer"] for row in shared_rows("math500.jsonl")])
-    gsm8k = from_references(references)
+    place: str
+    solution: str
+    reference: str
+    label: bool
+    verdict: bool
+
+
+def graded_solutions(grader: MathGrader, rows: list[dict[str, Any]]) -> Iterator[Labelled]:
+    """The four labelled solutions of each row of gsm8k_model_solutions.jsonl."""
+    for line, row in enumerate(rows, start=1):
+        reference = row["ground_truth"].rpartition("A:")[2].strip()
+        for model, made in row.items():
+            if isinstance(made, dict):
+                solution = made["solution"]
+                verdict = grader.equal(solution, reference)
+                yield Labelled(f"line {line}, {model}", solution, reference, made["is_correct"], verdict)
+
+
+def references(name: str) -> list[str]:
+    return [row["answer"].rpartition("####")[2].strip() for row in shared_rows(name)]
+
+
+def main() -> None:
+    grader = MathGrader(time_limit=20.0)
     for kind, same, other in (
         ("tables", pairs(EQUIVALENT), pairs(NEAR_MISSES)),
-        ("MATH-500", *math),
-        ("GSM8K", *gsm8k),
+        ("MATH-500", *from_references(references("math500.jsonl"))),
+        ("GSM8K", *from_references(references("gsm8k_test.jsonl"))),
     ):
-        for wrong in report(f"{kind}, rewrites", same, True) + report(f"{kind}, near misses", other, False):
-            print("  misgraded:", *wrong, sep="  ")
+        wrong = report(grader, f"{kind}, rewrites", same, True) + report(grader, f"{kind}, near misses", other, False)
+        for case in wrong:
+            print("  misgraded:", *case, sep="  ")
+    begin = time.perf_counter()
+    graded = list(graded_solutions(grader, shared_rows("gsm8k_model_solutions.jsonl")))
+    seconds = time.perf_counter() - begin
+    differ = [one for one in graded if one.label is not one.verdict]
+    agreement = 1 - len(differ) / len(graded)
+    print(f"labelled solutions: {agreement:.2%} of {len(graded)} as the labels say, {seconds:.1f} s")
+    for one in differ:
+        print(f"  {one.place}: {one.solution[-60:]!r} for {one.reference!r}, label {one.label}, grader {one.verdict}")
+    grader.close()
 
 
 if __name__ == "__main__":

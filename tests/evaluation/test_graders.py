@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("math_verify")
 
+from swift_kernels.evaluation import graders
 from swift_kernels.evaluation.graders import MathGrader
 
 
@@ -41,15 +43,81 @@ def test_extract_gives_equal_answers_one_form(grader: MathGrader) -> None:
     assert grader.extract("no answer here") is None
 
 
-def test_an_answer_that_hangs_is_wrong_and_the_next_one_is_graded() -> None:
-    grader = MathGrader(time_limit=0.5)
+@pytest.mark.parametrize(
+    "answer",
+    ["100000000!", "9^{9^{9^{9}}}", "10^{10^{10}} + \\frac{1}{3}", "\\binom{10^9}{5 \\cdot 10^8}"],
+    ids=["factorial", "tower", "power", "binomial"],
+)
+def test_an_answer_that_hangs_is_wrong_and_the_next_one_is_graded(answer: str) -> None:
+    grader = MathGrader(time_limit=1.0)
     try:
-        assert grader.equal("\\boxed{100000000!}", "5") is False
-        assert grader.timeouts == 1
-        grader.time_limit = 10.0
+        assert grader.equal("\\boxed{2}", "2")
+        begin = time.monotonic()
+        assert grader.equal(f"\\boxed{{{answer}}}", "5") is False
+        assert time.monotonic() - begin < 10
+        grader.time_limit = 20.0
         assert grader.equal("\\boxed{4}", "4") is True
     finally:
         grader.close()
+
+
+def test_answers_given_up_are_counted() -> None:
+    grader = MathGrader(time_limit=0.5)
+    try:
+        assert grader.extract("\\boxed{100000000!}") is None
+        assert grader.timeouts == 1
+    finally:
+        grader.close()
+
+
+MEGABYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\\boxed{}",
+        "\\boxed{\\frac{18}{0}}",
+        "\\boxed{\\sqrt}",
+        "\\boxed{\ud80018}",
+        "\\boxed{\x0018\x00}",
+        "\\boxed{" + "(" * 5000 + "18" + ")" * 5000 + "}",
+        "\\boxed{" + "{" * 2000 + "18" + "}" * 2000 + "}",
+        "\\boxed{" + "9" * 4900 + "}",
+        "\\boxed{" + "a" * 4900 + "1=18}",
+        "\\boxed{" + "1," * 2000 + "18}",
+        "\\boxed{" + "18 " * (MEGABYTE // 3) + "}",
+        "\\boxed{18" * (MEGABYTE // 9),
+        "{" * MEGABYTE,
+        "$" * MEGABYTE,
+        "word " * (MEGABYTE // 5),
+        "18" * (MEGABYTE // 2),
+    ],
+    ids=[
+        *("empty", "empty-box", "zero-division", "no-root", "surrogate", "null", "parentheses", "braces"),
+        *("digits", "letters", "list", "long-box", "unclosed-boxes", "long-braces", "long-dollars", "long-prose"),
+        "long-number",
+    ],
+)
+def test_what_cannot_be_parsed_is_wrong(grader: MathGrader, text: str) -> None:
+    assert grader.equal(text, "18") is False
+    assert isinstance(grader.extract(text), str | None)
+
+
+@pytest.mark.parametrize(
+    "around",
+    ["\ud800 {}", "\x00{}\x00", "word " * (MEGABYTE // 5) + "{}", "{}" + " and so on" * (MEGABYTE // 10)],
+    ids=["surrogate", "null", "long-before", "long-after"],
+)
+def test_an_answer_is_found_among_anything(grader: MathGrader, around: str) -> None:
+    assert grader.equal(around.replace("{}", "\\boxed{18}"), "18") is True
+    assert grader.extract(around.replace("{}", "\\boxed{18}")) == "18"
+
+
+@pytest.mark.parametrize("reference", ["", "\ud800", "\x00", "\\frac{1}{0}", "}{"])
+def test_no_reference_is_too_odd(grader: MathGrader, reference: str) -> None:
+    assert grader.equal("\\boxed{18}", reference) is False
 
 
 def test_a_worker_that_died_is_replaced(grader: MathGrader) -> None:
@@ -58,3 +126,30 @@ def test_a_worker_that_died_is_replaced(grader: MathGrader) -> None:
     grader._worker.kill()
     grader._worker.wait()
     assert grader.equal("\\boxed{5}", "5")
+
+
+def test_a_worker_that_dies_of_an_answer_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grader = MathGrader()
+    started = []
+
+    def start_and_kill() -> bool:
+        started.append(MathGrader._start(grader))
+        assert grader._worker is not None
+        grader._worker.kill()
+        grader._worker.wait()
+        return started[-1]
+
+    monkeypatch.setattr(grader, "_start", start_and_kill)
+    assert grader.equal("\\boxed{4}", "4") is False
+    assert started == [True, True]
+    monkeypatch.undo()
+    try:
+        assert grader.equal("\\boxed{4}", "4") is True
+    finally:
+        grader.close()
+
+
+def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graders, "_WORKER_MODULE", "swift_kernels.evaluation.nowhere")
+    with pytest.raises(RuntimeError, match="does not start"):
+        MathGrader().equal("\\boxed{4}", "4")
