@@ -14,6 +14,7 @@ import sys
 import threading
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 TIME_LIMIT = 5.0
@@ -61,7 +62,7 @@ class MathGrader:
         # A worker may die between two questions (out of memory, killed by hand): one new one gets a chance.
         for _ in range(2):
             if self._worker is None and not self._start():
-                raise RuntimeError(f"the grading process {sys.executable} -m {_WORKER_MODULE} does not start")
+                raise RuntimeError(f"the grading process of {sys.executable}, {_WORKER_MODULE}, does not start")
             try:
                 self._send(question)
                 reply = self._replies.get(timeout=self.time_limit)
@@ -79,7 +80,7 @@ class MathGrader:
     def _start(self) -> bool:
         self._replies = queue.SimpleQueue()
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", _WORKER_MODULE],
+            [sys.executable, "-c", _WORKER, str(Path(__file__).parents[1]), _WORKER_MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -112,4 +113,12 @@ def _forward_lines(pipe: Any, replies: queue.SimpleQueue[str]) -> None:
     replies.put("")
 
 
+# The package's own __init__ imports torch, which takes several times as long as all that grading needs.
+_WORKER = """
+import runpy, sys, types
+package = types.ModuleType("swift_kernels")
+package.__path__ = [sys.argv[1]]
+sys.modules["swift_kernels"] = package
+runpy.run_module(sys.argv[2], run_name="__main__")
+"""
 _WORKER_MODULE = "swift_kernels.evaluation.math_worker"

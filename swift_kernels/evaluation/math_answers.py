@@ -333,8 +333,8 @@ _FRACTION = re.compile(rf"\\frac\s*\{{\s*(-?{_DIGITS})\s*\}}\s*\{{\s*(-?{_DIGITS
 _MIXED = re.compile(r"(\d+)\s*(\\frac\s*\{\d+\}\s*\{\d+\})|(\d+)\s+(\d+/\d+)")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 _SPACED = re.compile(r"\d{1,3}(?: \d{3})+")
-_LONGEST = 1000
-"""Characters of a number that is compared exactly; longer ones are left to math-verify."""
+_LONGEST = 4000
+"""Characters of a number that is compared exactly; Python refuses to read integers a little longer."""
 
 
 def number(text: str) -> tuple[Fraction | None, bool]:

@@ -17,7 +17,7 @@ from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_ans
 TAIL = 20_000
 """Characters at the end of a response in which an answer that nothing marks is looked for."""
 
-LONGEST = 5_000
+LONGEST = 2_000
 """Characters of an answer; what is longer is none."""
 
 MEMORY = 4 * 2**30
