@@ -79,7 +79,6 @@ class TestBenchmarks:
         quick = [parse_answer(math_worker.final_answer(text)).value for text in short]
         monkeypatch.setattr(math_worker, "_LAST_NUMBER", re.compile(r"(?!)"))
         searched = [parse_answer(math_worker.final_answer(text)) for text in short]
-        # A search counts "percent" before a line's end to the number.
         assert quick == [answer.value for answer in searched]
 
 
