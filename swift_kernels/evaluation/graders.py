@@ -45,8 +45,8 @@ class MathGrader:
     def equal(self, text: str, reference: str) -> bool:
         """Whether the answer found in `text` equals `reference`, an answer in LaTeX or plain text.
 
-        Units, bases and names of unknowns that only one of the two gives are taken as implied; if both give one, it must
-        be the same. Tuples and intervals are ordered, lists and sets are not.
+        Units, bases and names of unknowns that only one of the two gives are taken as implied; if both give one, it
+        must be the same. Tuples and intervals are ordered, lists and sets are not.
         """
         return bool(self._ask({"text": text, "reference": reference}))
 

@@ -137,7 +137,8 @@ def _equal_leaves(reference: Node, found: Node) -> bool:
     if reference.base or found.base:
         bases = {reference.base, found.base} - {None}
         return len(bases) == 1 and _plain(reference) == _plain(found)
-    if reference.unit and found.unit and reference.unit != found.unit:
+    said = {leaf.unit or (leaf.percent and "percent") for leaf in (reference, found)} - {None, False}
+    if len(said) > 1:
         return False
     if reference.value is not None and found.value is not None:
         return _equal_numbers(reference, found)
