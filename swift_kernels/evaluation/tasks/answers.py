@@ -1,0 +1,133 @@
+"""Finding the final answer in prose: what is boxed, which option is meant, yes or no."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from string import ascii_uppercase
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathtt|operatorname)\s*\{([^{}]*)\}")
+_STATEMENT = re.compile(
+    r"\b(?:answer|option|choice|continuation|ending)s?\b"
+    r"(?:\s+(?:to|for|of)\s[^.\n]{0,60}?)?"
+    r"(?:\s+(?:is|would be|must be|should be)\b\s*:?|\s*[:=])\s*",
+    re.IGNORECASE,
+)
+# What may follow "the answer is A" for A to be no article, and for a small letter to be no word.
+_ENDED = re.compile(r"\s*$|[)\].:,;\"'$`}!]|\s*[-\u2013\u2014(=]|\s+(?:because|since|as|with|which)\b")
+_ANOTHER = re.compile(r"[)\]]?\s*(?:,|/|\bor\b|\band\b)\s*(?:or\s+|and\s+)?[(\[]?[A-Z]\b")
+_LISTED = re.compile(r"\W*[A-Z][).:]\s")
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} or \fbox{...} that is closed; TeX also takes "\boxed 3"."""
+    for match in reversed(list(_BOX.finditer(text))):
+        content = _argument(text[match.end() :])
+        if content is not None:
+            return content.strip()
+    return None
+
+
+def _argument(text: str) -> str | None:
+    if not text.startswith("{"):
+        bare = re.match(r"[^\s${}\\]+", text)
+        return bare[0].rstrip(".,;") if bare else None
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", text, flags=re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0 and match[0] == "}":
+            return text[1 : match.start()]
+    return None
+
+
+def plain(text: str) -> str:
+    """`text` without fonts, dollars, bold type and superfluous space."""
+    while (unwrapped := _FONTS.sub(r"\1", text)) != text:
+        text = unwrapped
+    text = re.sub(r"\\([{}_%#&])", r"\1", re.sub(r"\\[(),;! ]", " ", text))
+    return " ".join(text.replace("**", "").replace("$", "").split())
+
+
+def choice(text: str, options: Sequence[str] | None = None) -> str | None:
+    """The letter of the option that a response ends up with, or None.
+
+    It is looked for in the last box, then in statements such as "the answer is (B)", the last one first, then in the
+    last line alone. An option may be named by its letter or, where `options` are known, by its whole text. The article
+    "a" is no letter, and of "B or C" neither is meant.
+    """
+    letters = ascii_uppercase if options is None else ascii_uppercase[: len(options)]
+    content = boxed(text)
+    if content is not None and (letter := _in_box(plain(content), letters, options)):
+        return letter
+    for statement in _statements(text):
+        if letter := _stated(statement, letters, options):
+            return letter
+    lines = [line for line in map(plain, text.splitlines()) if line]
+    return _last_line(lines, letters, options) if lines else None
+
+
+def yes_or_no(text: str) -> str | None:
+    """ "yes" or "no", looked for as `choice` does, or None."""
+    content = boxed(text)
+    starts = [] if content is None else [plain(content)]
+    for start in [*starts, *_statements(text)]:
+        if match := re.match(r"[\"'(]*(yes|no)\b", start, re.IGNORECASE):
+            return match[1].lower()
+    lines = [line for line in map(plain, text.splitlines()) if line]
+    # "No one flips it" is no answer.
+    match = re.match(r"(yes|no)(?:[.,;:!]|$)|.*\b(yes|no)[.!]?$", lines[-1] if lines else "", re.IGNORECASE)
+    return (match[1] or match[2]).lower() if match else None
+
+
+def _statements(text: str) -> Iterator[str]:
+    """What follows "the answer is" and the like on its line, the last statement first."""
+    lines = list(map(plain, text.splitlines()))
+    for line in reversed(lines):
+        for match in reversed(list(_STATEMENT.finditer(line))):
+            yield line[match.end() :]
+
+
+def _in_box(content: str, letters: str, options: Sequence[str] | None) -> str | None:
+    alone = re.fullmatch(r"(?:(?:option|choice|answer)\s+)?[(\[]?([A-Za-z])[)\].:,]*", content, re.IGNORECASE)
+    if alone and alone[1].upper() in letters:
+        return alone[1].upper()
+    if letter := _by_text(content, letters, options):
+        return letter
+    first = re.match(r"[(\[]?([A-Z])(?:[)\]:]|\.\s)", content)
+    return first[1] if first and first[1] in letters else None
+
+
+def _stated(statement: str, letters: str, options: Sequence[str] | None) -> str | None:
+    match = re.match(r"(?:(?:option|choice|letter)\s+)?[(\[\"'`]*([A-Za-z])(?!\w|[-'\u2019]\w)", statement)
+    if match and match[1].upper() in letters:
+        letter, rest = match[1], statement[match.end() :]
+        if _ANOTHER.match(rest):
+            return None
+        if _ENDED.match(rest) or letter not in "AIabcdefghijklmnopqrstuvwxyz":
+            return letter.upper()
+    return _by_text(statement, letters, options) or _by_text(
+        re.split(r"\.\s", statement, maxsplit=1)[0], letters, options
+    )
+
+
+def _last_line(lines: Sequence[str], letters: str, options: Sequence[str] | None) -> str | None:
+    line = lines[-1]
+    alone = re.fullmatch(r"(?:option\s+)?[(\[]?([A-Za-z])[)\].:]*", line, re.IGNORECASE)
+    if alone and alone[1].upper() in letters:
+        return alone[1].upper()
+    # The last of several such lines is the end of a list of the options, not a choice.
+    first = re.match(r"[(\[]?([A-Z])[)\].:]+\s*(.+)", line)
+    if first and _by_text(first[2], letters, options) == first[1] and sum(map(bool, map(_LISTED.match, lines))) == 1:
+        return first[1]
+    return _by_text(line, letters, options)
+
+
+def _by_text(text: str, letters: str, options: Sequence[str] | None) -> str | None:
+    """The letter of the only option whose text this is; capitals count only between options that differ in them."""
+    wanted = plain(text).rstrip(" .")
+    known = [plain(option).rstrip(" .") for option in options or ()]
+    for these, this in ((known, wanted), ([option.casefold() for option in known], wanted.casefold())):
+        if these.count(this) == 1:
+            return letters[these.index(this)]
+    return None
