@@ -42,7 +42,8 @@ def _run(args: list[str]) -> int:
         import typer
     except ImportError as error:
         raise ImportError(f"the command line needs {error.name}: pip install 'swift_kernels[cli]'") from error
-    from swift_kernels.cli import evaluation, inspect, rewards, stores  # noqa: F401, they add their subcommands
+    # They add their subcommands.
+    from swift_kernels.cli import evaluation, inspect, pairs, rewards, stores  # noqa: F401
     from swift_kernels.cli.app import app
 
     # Not through `app()`, which would print its own errors, over several lines, and turn Ctrl-C into an abort.

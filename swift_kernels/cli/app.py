@@ -22,7 +22,13 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the GPU where 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default float32 on the CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print facts for machines instead of tables.")]
 AllowMismatch = Annotated[bool, typer.Option(help="Use the head although it was trained on another model.")]
-TaskName = Annotated[str, typer.Option(help="sums, reasoning-gym:<dataset>[,shots=4,...] or jsonl:<path>.")]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="sums, reasoning-gym:<dataset>[,shots=4,...], jsonl:<path>, or of the Hub math, gsm8k, aqua, imbue-code, "
+        "hellaswag, coinflip; these also with :<path> of a JSONL file in the Hub's format."
+    ),
+]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1 switches it off.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0 switches it off.")]
 
@@ -58,13 +64,13 @@ def rollout(
     """
     from swift_kernels import processes
     from swift_kernels.cli import render
-    from swift_kernels.evaluation.tasks import get_task
+    from swift_kernels.evaluation.tasks import check_generates, get_task
     from swift_kernels.training.collection import Job, collect_rollouts, largest_store
     from swift_kernels.training.generation import Sampling, settings
     from swift_kernels.training.rollouts import read
     from swift_kernels.training.store import make_layout
 
-    chosen = get_task(task)
+    chosen = check_generates(get_task(task))
     limit = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
     sampling = Sampling(n, temperature, top_p, top_k, limit, seed)
     _at_least("--batch-size", batch_size, 1)
@@ -438,8 +444,12 @@ def _parse_sources(text: str) -> list[str | int]:
     parts = text.split(",")
     layers = [part for part in parts if part not in ("logits", "top_logprobs")]
     sources = [part for part in parts if part not in layers]
-    indices = ",".join(layers)
-    return [*(layers if layers in ([], ["all"]) else _parse_integers("--store-layers", indices, _SOURCES)), *sources]
+    if layers in ([], ["all"]):
+        return [*layers, *sources]
+    try:
+        return [*map(int, layers), *sources]
+    except ValueError:
+        raise ValueError(f"--store-layers is {text!r}: expected {_SOURCES}integers separated by commas") from None
 
 
 def _parse_integers(option: str, text: str, others: str = "") -> list[int]:

@@ -125,7 +125,7 @@ def _collect_unit(
     """Generates a unit, writes its shard, and returns its rollouts."""
     recorder = None if store is None else Recorder(job.model, store.layout, store.sketch)
     arguments = (job.model, job.tokenizer, job.task, problems, job.sampling)
-    rollouts, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder)
+    rollouts, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder, note=note)
     if store is not None:
         kept = [known.get(rollout.id, rollout) for rollout in rollouts]
         if [_answers(rollout) for rollout in kept] != [_answers(rollout) for rollout in rollouts]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from swift_kernels.evaluation.tasks import Problem, Task
+from swift_kernels.hub import first_line
 from swift_kernels.integrations.compatibility import check_context, eos_token_ids
 from swift_kernels.training.recording import Recorder
 from swift_kernels.training.rollouts import Confidence, Response, Rollout, encode_prompt
@@ -99,8 +101,12 @@ def generate_together(
     *,
     chat: bool | None = None,
     recorder: Recorder | None = None,
+    note: Callable[[str], None] = warnings.warn,
 ) -> tuple[list[Rollout], list[tuple[ShardProblem, list[Tensor]]]]:
-    """The rollouts of some problems, decoded as one batch, and what `recorder` kept of them for a store."""
+    """The rollouts of some problems, decoded as one batch, and what `recorder` kept of them for a store.
+
+    `note` is told of problems whose answers the task could not grade.
+    """
     chat = task.chat if chat is None else chat
     n = sampling.n
     prompts = [task.prompt(problem.question) for problem in problems]
@@ -114,7 +120,7 @@ def generate_together(
     rollouts, recorded = [], []
     for index, (problem, prompt, ids) in enumerate(zip(problems, prompts, prompt_ids, strict=True)):
         own = slice(index * n, (index + 1) * n)
-        graded = grade(tokenizer, task, problem, answers[own])
+        graded = grade(tokenizer, task, problem, answers[own], note)
         candidates = [
             replace(candidate, confidence=confidence)
             for candidate, confidence in zip(graded, confidences[own], strict=True)
@@ -127,12 +133,32 @@ def generate_together(
     return rollouts, recorded
 
 
-def grade(tokenizer: Any, task: Task, problem: Problem, answers: Sequence[SampledAnswer]) -> list[Response]:
-    """Decodes and grades the answers to one problem."""
+def grade(
+    tokenizer: Any,
+    task: Task,
+    problem: Problem,
+    answers: Sequence[SampledAnswer],
+    note: Callable[[str], None] = warnings.warn,
+) -> list[Response]:
+    """Decodes and grades the answers to one problem.
+
+    Where the task raises, an answer counts as wrong and as having none, and `note` is told once for the problem.
+    """
     responses = []
+    errors = []
     for token_ids, finished in answers:
         text = cut_at_stop(tokenizer.decode(token_ids, skip_special_tokens=True), task.stop)
-        responses.append(Response(token_ids, text, finished, task.grade(text, problem), task.extract(text)))
+        try:
+            correct, answer = task.grade(text, problem), task.extract(text, problem)
+        except Exception as error:  # one odd answer must not cost those that were generated with it
+            errors.append(error)
+            correct, answer = False, None
+        responses.append(Response(token_ids, text, finished, correct, answer))
+    if errors:
+        note(
+            f"{task.name}, problem {problem.id!r}: {len(errors)} of {len(answers)} answers could not be graded and "
+            f"count as wrong: {type(errors[0]).__name__}: {first_line(errors[0])}"
+        )
     return responses
 
 

@@ -17,6 +17,7 @@ _STATEMENT = re.compile(
 # What may follow "the answer is A" for A to be no article, and for a small letter to be no word.
 _ENDED = re.compile(r"\s*$|[)\].:,;\"'$`}!]|\s*[-\u2013\u2014(=]|\s+(?:because|since|as|with|which)\b")
 _ANOTHER = re.compile(r"[)\]]?\s*(?:,|/|\bor\b|\band\b)\s*(?:or\s+|and\s+)?[(\[]?[A-Z]\b")
+_BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])")  # 2**2 is none
 _LISTED = re.compile(r"\W*[A-Z][).:]\s")
 
 
@@ -46,7 +47,7 @@ def plain(text: str) -> str:
     while (unwrapped := _FONTS.sub(r"\1", text)) != text:
         text = unwrapped
     text = re.sub(r"\\([{}_%#&])", r"\1", re.sub(r"\\[(),;! ]", " ", text))
-    return " ".join(text.replace("**", "").replace("$", "").split())
+    return " ".join(_BOLD.sub(r"\1", text).replace("$", "").split())
 
 
 def choice(text: str, options: Sequence[str] | None = None) -> str | None:
@@ -58,7 +59,7 @@ def choice(text: str, options: Sequence[str] | None = None) -> str | None:
     """
     letters = ascii_uppercase if options is None else ascii_uppercase[: len(options)]
     content = boxed(text)
-    if content is not None and (letter := _in_box(plain(content), letters, options)):
+    if content is not None and (letter := _in_box(content, letters, options)):
         return letter
     for statement in _statements(text):
         if letter := _stated(statement, letters, options):
@@ -89,26 +90,29 @@ def _statements(text: str) -> Iterator[str]:
 
 
 def _in_box(content: str, letters: str, options: Sequence[str] | None) -> str | None:
-    alone = re.fullmatch(r"(?:(?:option|choice|answer)\s+)?[(\[]?([A-Za-z])[)\].:,]*", content, re.IGNORECASE)
+    shown = plain(content)
+    alone = re.fullmatch(r"(?:(?:option|choice|answer)\s+)?[(\[]?([A-Za-z])[)\].:,]*", shown, re.IGNORECASE)
     if alone and alone[1].upper() in letters:
         return alone[1].upper()
     if letter := _by_text(content, letters, options):
         return letter
-    first = re.match(r"[(\[]?([A-Z])(?:[)\]:]|\.\s)", content)
+    first = re.match(r"[(\[]?([A-Z])(?:[)\]:]|\.\s)", shown)
     return first[1] if first and first[1] in letters else None
 
 
 def _stated(statement: str, letters: str, options: Sequence[str] | None) -> str | None:
+    # Before letters: ['b', 'a'] is an option, not B. An option that is a letter itself is not meant by it.
+    if not re.fullmatch(r"\W*[A-Za-z]\W*", statement):
+        for text in (statement, re.split(r"\.\s", statement, maxsplit=1)[0]):
+            if letter := _by_text(text, letters, options):
+                return letter
     match = re.match(r"(?:(?:option|choice|letter)\s+)?[(\[\"'`]*([A-Za-z])(?!\w|[-'\u2019]\w)", statement)
-    if match and match[1].upper() in letters:
-        letter, rest = match[1], statement[match.end() :]
-        if _ANOTHER.match(rest):
-            return None
-        if _ENDED.match(rest) or letter not in "AIabcdefghijklmnopqrstuvwxyz":
-            return letter.upper()
-    return _by_text(statement, letters, options) or _by_text(
-        re.split(r"\.\s", statement, maxsplit=1)[0], letters, options
-    )
+    if not match or match[1].upper() not in letters:
+        return None
+    letter, rest = match[1], statement[match.end() :]
+    if _ANOTHER.match(rest) or not (_ENDED.match(rest) or letter in "BCDEFGHJKLMNOPQRSTUVWXYZ"):
+        return None
+    return letter.upper()
 
 
 def _last_line(lines: Sequence[str], letters: str, options: Sequence[str] | None) -> str | None:
@@ -124,10 +128,13 @@ def _last_line(lines: Sequence[str], letters: str, options: Sequence[str] | None
 
 
 def _by_text(text: str, letters: str, options: Sequence[str] | None) -> str | None:
-    """The letter of the only option whose text this is; capitals count only between options that differ in them."""
-    wanted = plain(text).rstrip(" .")
-    known = [plain(option).rstrip(" .") for option in options or ()]
-    for these, this in ((known, wanted), ([option.casefold() for option in known], wanted.casefold())):
-        if these.count(this) == 1:
-            return letters[these.index(this)]
+    """The letter of the only option whose text this is: as it stands, without TeX and full stop, or in any case."""
+    for form in (str.strip, _bare, lambda text: _bare(text).casefold()):
+        known = list(map(form, options or ()))
+        if known.count(form(text)) == 1:
+            return letters[known.index(form(text))]
     return None
+
+
+def _bare(text: str) -> str:
+    return plain(text).rstrip(" .")

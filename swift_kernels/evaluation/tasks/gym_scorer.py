@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 TIME_LIMIT = 5.0
@@ -21,7 +22,8 @@ TIME_LIMIT = 5.0
 _START_LIMIT = 120.0
 """Seconds the worker may take to import reasoning-gym, on a cold or busy machine."""
 
-_WORKER_MODULE = "swift_kernels.evaluation.tasks.gym_worker"
+_WORKER = Path(__file__).with_name("gym_worker.py")
+"""Run as a file: as a module it would import torch with the package, which takes as long again."""
 
 
 class Scorer:
@@ -59,7 +61,7 @@ class Scorer:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", _WORKER_MODULE],
+            [sys.executable, str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -69,7 +71,7 @@ class Scorer:
         atexit.register(self._end)
         if not _ask(self._worker, b"", _START_LIMIT)[0]:
             self._end()
-            raise RuntimeError(f"the scoring process {sys.executable} -m {_WORKER_MODULE} does not start")
+            raise RuntimeError(f"the scoring process {sys.executable} {_WORKER} does not start")
         return self._worker
 
     def _end(self) -> None:

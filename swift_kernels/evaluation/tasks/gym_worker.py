@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -41,4 +42,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Run as a file, its folder is on the path, where `hub` and `gym` would hide packages of these names.
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     main()

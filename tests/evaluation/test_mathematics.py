@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("math_verify")
+
+from swift_kernels.evaluation.tasks import Task, TaskError, get_task
+from tests.evaluation.task_data import FIXTURES, write_lines
+from tests.shared_data import shared_data
+
+
+def test_reads_problem_or_question(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "2+2?", "answer": "4", "unique_id": "first"},
+        {"question": "3+3?", "answer": "add them\n#### 6"},
+        {"question": "4+4?", "answer": 8},
+        {"question": " 2+2? ", "answer": "4"},
+    ]
+    task = get_task(f"jsonl:{write_lines(tmp_path / 'p.jsonl', rows)}")
+    problems = sorted(task.problems("all", None), key=lambda problem: problem.question.strip())
+    assert [problem.answer for problem in problems] == ["4", "6", "8"]
+    assert task.grade("it is \\boxed{6}", problems[1])
+    assert task.extract("it is \\boxed{6}") == "6"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"p\.jsonl:2: not JSON"),
+        ("[1]", r"p\.jsonl:2: a list: expected an object"),
+        ('{"answer": "4"}', r"p\.jsonl:2: no 'problem' or 'question' that is text"),
+        ('{"problem": "2+2?"}', r"p\.jsonl:2: no 'answer'"),
+        ('{"problem": "2+2?", "answer": ["4"]}', r"p\.jsonl:2: no 'answer'"),
+        ('{"problem": "", "answer": "4"}', r"p\.jsonl:2: no 'problem'"),
+    ],
+    ids=["json", "list", "no-problem", "no-answer", "odd-answer", "empty-problem"],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, line])
+    with pytest.raises(ValueError, match=message):
+        get_task(f"jsonl:{path}").problems("all", None)
+
+
+def test_other_encodings_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"problem": "1+1?", "answer": "2"}\n{"problem": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl:\d: not UTF-8"):
+        get_task(f"jsonl:{path}").problems("all", None)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(TaskError, match="does not exist"):
+        get_task("jsonl:/nowhere/problems.jsonl")
+
+
+@pytest.mark.parametrize(("name", "count"), [("gsm8k_test.jsonl", 1319), ("math500.jsonl", 500)])
+def test_known_benchmarks(name: str, count: int) -> None:
+    task = get_task(f"jsonl:{shared_data() / name}")
+    problems = task.problems("all", None)
+    assert len(problems) == count
+    for problem in problems[:25]:
+        assert task.grade(f"Therefore the answer is $\\boxed{{{problem.answer}}}$.", problem), problem.answer
+
+
+@pytest.fixture(scope="module")
+def gsm8k() -> Task:
+    return get_task(f"gsm8k:{FIXTURES / 'gsm8k.jsonl'}")
+
+
+def test_the_answer_of_math_is_in_its_field_or_the_last_box_of_its_solution() -> None:
+    train = get_task(f"math:{FIXTURES / 'math_train.jsonl'}").problems("all", None)
+    assert sorted(problem.answer for problem in train) == ["14", "8", "\\frac{3}{4}"]
+    test = get_task(f"math:{FIXTURES / 'math_test.jsonl'}").problems("all", None)
+    assert sorted(problem.answer for problem in test) == ["14", "3", "\\frac{1}{5}"]
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("She makes $1,250, so \\boxed{1,250}.", True),
+        ("\\boxed{1250}", True),
+        ("\\boxed{1250.00}", True),
+        ("\\boxed{250}", False),
+        ("I do not know.", False),
+    ],
+    ids=["commas", "plain", "decimals", "wrong", "none"],
+)
+def test_thousands_of_gsm8k(gsm8k: Task, response: str, right: bool) -> None:
+    problem = next(problem for problem in gsm8k.problems("all", None) if "town" in problem.question)
+    assert problem.answer == "1250"
+    assert gsm8k.grade(response, problem) is right
