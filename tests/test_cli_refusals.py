@@ -24,6 +24,7 @@ from swift_kernels.evaluation.tasks import Sums
 from swift_kernels.training import generation
 from tests import tiny
 from tests.commands import assert_refused, rollout_args, run
+from tests.evaluation.task_data import FIXTURES
 
 Rows = list[dict[str, Any]]
 
@@ -252,11 +253,22 @@ def test_bad_input_gets_one_line_and_loses_nothing(
 
 
 ROLLOUT_MISTAKES = {
-    "task": ({"task": "sum"}, "task 'sum' is unknown: expected sums, reasoning-gym:<dataset> or jsonl:<path>"),
+    "task": (
+        {"task": "sum"},
+        "task 'sum' is unknown: expected sums, reasoning-gym:<dataset>, jsonl:<path>, or math, gsm8k",
+    ),
     "split": ({"split": "half"}, "'half'"),
     "layers": (
         {"store-layers": "16,top"},
         "--store-layers is '16,top': expected all, logits, top_logprobs or integers separated by commas",
+    ),
+    "sources": (
+        {"store-layers": "logits,foo"},
+        "--store-layers is 'logits,foo': expected all, logits, top_logprobs or integers separated by commas",
+    ),
+    "stored answers": (
+        {"task": f"pku-saferlhf:safe:{FIXTURES / 'pku_saferlhf.jsonl'}"},
+        "has stored answers, none are generated: write them to a rollout file with `swift-kernels pairs --task pku-",
     ),
     "sketch": ({"sketch": "svd:4"}, "the sketch is 'svd:4': expected random:K or pca:K"),
     "disk": ({}, "the activations of 8 problems, up to 144 tokens, take up to 0.0 GB"),

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from swift_kernels.evaluation.tasks import Sums
+from swift_kernels.evaluation.tasks import Problem, Sums
 from swift_kernels.training.generation import (
     Sampling,
     SeededSampler,
     cut_at_stop,
     decode,
     generate_rollouts,
+    grade,
     prefill,
     settings,
     trim,
@@ -151,6 +152,55 @@ def test_rollouts_are_graded_and_continue_alike(double: Any, tokenizer: Any) -> 
             assert len(candidate.token_ids) <= 12
             assert "\n" not in candidate.text
             assert candidate.correct is task.grade(candidate.text, problem)
+
+
+class Fragile(Sums):
+    """Cannot bear some answers."""
+
+    def grade(self, text: str, problem: Problem) -> bool:
+        if "!" in text:
+            raise OverflowError("too large\nto grade")
+        return True
+
+    def extract(self, text: str, problem: Problem | None = None) -> str | None:
+        if "?" in text:
+            raise RecursionError
+        return text
+
+
+def test_an_answer_that_cannot_be_graded_is_wrong_and_the_others_are_graded(tokenizer: Any) -> None:
+    problem = Problem("1+2", "1+2", "What is 1 + 2?", "3")
+    answers = [(tokenizer(text)["input_ids"], True) for text in ("3", "3!", "3?", "4")]
+    notes: list[str] = []
+    responses = grade(tokenizer, Fragile(), problem, answers, notes.append)
+    assert [(response.text, response.correct, response.answer) for response in responses] == [
+        ("3", True, "3"),
+        ("3!", False, None),
+        ("3?", False, None),
+        ("4", True, "4"),
+    ]
+    assert notes == [
+        "sums, problem '1+2': 2 of 4 answers could not be graded and count as wrong: OverflowError: too large"
+    ]
+
+
+def test_rollouts_go_on_where_a_grader_fails(double: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = Sums().problems("train", 4)
+    expected = list(generate_rollouts(double, tokenizer, Sums(), problems, SAMPLING))
+
+    def fail_once(self: Sums, text: str, problem: Problem) -> bool:
+        if problem is problems[1]:
+            raise ZeroDivisionError
+        return self.extract(text) == problem.answer
+
+    monkeypatch.setattr(Sums, "grade", fail_once)
+    with pytest.warns(
+        UserWarning, match=f"problem '{problems[1].id}': 3 of 3 answers .* ZeroDivisionError".replace("+", r"\+")
+    ):
+        got = list(generate_rollouts(double, tokenizer, Sums(), problems, SAMPLING))
+    assert [rollout.id for rollout in got] == [problem.id for problem in problems]
+    assert [*got[:1], *got[2:]] == [*expected[:1], *expected[2:]]
+    assert [candidate.answer for candidate in got[1].candidates] == [None] * 3
 
 
 def test_header_holds_all_that_decides(model: Any) -> None:
