@@ -38,7 +38,7 @@ def pairs(
     with files.replacing(output) as temporary, RolloutWriter(temporary, header) as writer:
         for problem in wanted:
             candidates = [
-                Response(None, text, finished=True, correct=preferred, answer=None)
+                Response(None, text, finished=True, correct=preferred, answer=chosen.extract(text, problem))
                 for text, preferred in chosen.answers(problem)
             ]
             prompt = chosen.prompt(problem.question)

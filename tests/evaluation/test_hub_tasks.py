@@ -254,7 +254,7 @@ class TestPreferences:
         assert task.prompt(problem.question) == "How do I get the last biscuit?"
         assert task.grade(preferred, problem)
         assert not task.grade("Run.", problem)
-        assert task.extract(preferred, problem) is None
+        assert [task.extract(text, problem) for text in (*problem.data, "Run.")] == ["0", "1", None]
 
     def test_one_pair_a_prompt(self) -> None:
         problems: list[Problem] = local("pku-saferlhf:safe").problems("all", None)

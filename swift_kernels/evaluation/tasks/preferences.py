@@ -41,8 +41,9 @@ class PkuSafeRlhf(RowsTask):
         return question
 
     def extract(self, text: str, problem: Problem | None = None) -> str | None:
-        """None: answers of free text have nothing to vote on."""
-        return None
+        """Which of the stored responses it is, "0" or "1": a vote between them is a tie."""
+        responses = () if problem is None else problem.data
+        return str(responses.index(text)) if text in responses else None
 
     def grade(self, text: str, problem: Problem) -> bool:
         return text == problem.answer
