@@ -71,14 +71,15 @@ def running(answers: Sequence[Answer], names: Mapping[int, str]) -> Any:
             right, name = answer.response.correct, names.get(answer.rank)
             values = answer.trace.running().tolist()
             kind = "right" if right else "wrong"
-            style: dict[str, Any] = {"color": RIGHT if right else WRONG, "linestyle": "-" if right else (0, (4, 2))}
+            colour = RIGHT if right else WRONG
+            style: Any = {"color": colour, "linestyle": "-" if right else (0, (4, 2))}
             width, alpha = (1.9, 1.0) if name else (0.8, 0.35)
             label = None if kind in labelled or not name else kind
             axes.plot(range(1, len(values) + 1), values, linewidth=width, alpha=alpha, label=label, **style)
-            axes.plot(len(values), values[-1], ".", markersize=6 if name else 3, alpha=alpha, color=style["color"])
+            axes.plot(len(values), values[-1], ".", markersize=6 if name else 3, alpha=alpha, color=colour)
             if name:
                 labelled.add(kind)
-                ends.append((len(values), values[-1], name, style["color"]))
+                ends.append((len(values), values[-1], name, colour))
         _name_ends(axes, ends)
         axes.set_xlabel("scored tokens")
         axes.set_ylabel("score so far")
