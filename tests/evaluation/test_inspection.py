@@ -169,7 +169,7 @@ def test_text_is_readable_on_every_colour(stops: tuple[str, ...]) -> None:
     scale = [colours.mix(stops, share / 200) for share in range(-20, 221)]
     assert min(colours.contrast(colours.INK, colour) for colour in scale) > 4.5
     assert (scale[0], scale[-1]) == (stops[0], stops[-1])
-    assert colours.mix(stops, 0.5) == stops[len(stops) // 2] or len(stops) % 2 == 0
+    assert tuple(colours.mix(stops, place / (len(stops) - 1)) for place in range(len(stops))) == stops
 
 
 def test_contrast_is_that_of_wcag() -> None:

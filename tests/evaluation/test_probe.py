@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,6 @@ def test_a_store_is_pooled_answer_by_answer(
     np.testing.assert_allclose(np.hstack([taken[name] for name in (0, 2, "logits")]), expected, rtol=1e-5, atol=1e-5)
     assert found.best.entry == 2
     assert found.best.auc.mean > (0.95 if pool == "last" else 0.8)
-    json.dumps([vars(entry.auc) for entry in found.entries])
 
 
 def test_stores_that_cannot_be_probed(tmp_path: Path) -> None:
