@@ -144,8 +144,9 @@ def _named(rollouts: Sequence[Rollout], ids: Sequence[str], path: Path) -> list[
 
 
 def _readable(store: Store, head: SwiftHead, notes: list[str]) -> bool:
-    from swift_kernels.evaluation.traces import unreadable
+    from swift_kernels.training.stored import check_same_base, unreadable
 
+    check_same_base(store, head)
     reason = unreadable(store, head)
     if reason is not None:
         notes.append(f"The store is probed, but the head cannot read it: {reason}.")

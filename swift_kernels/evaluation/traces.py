@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from swift_kernels import schema
-from swift_kernels.checkpoint import ModelMismatchError, compare_fingerprints
 from swift_kernels.head import SwiftHead
 from swift_kernels.reference import GATE_SUM_FLOOR
 from swift_kernels.training.rollouts import Rollout
@@ -97,32 +96,6 @@ def trace_store(
     return found
 
 
-def unreadable(store: Store, head: SwiftHead) -> str | None:
-    """Why a head cannot read what a store holds; None where it can.
-
-    Raises:
-        ModelMismatchError: the store holds features of another model than the head was trained on.
-    """
-    config, layout = head.config, store.layout
-    if config.base_model is not None:
-        difference, same = compare_fingerprints(config.base_model, store.model)
-        if not same:
-            raise ModelMismatchError(
-                f"the head was trained on {config.base_model['name']}, {store.path} holds features of "
-                f"{store.model['name']}: {difference}"
-            )
-    wanted = config.layers or (config.features,)
-    missing = [entry for entry in wanted if entry not in layout.entries]
-    if missing:
-        return f"it does not hold {', '.join(map(str, missing))}, which the head reads"
-    widths = tuple(store.widths[entry] for entry in entries_of(store, head))
-    if widths != config.widths:
-        return f"it holds {widths[0]} dimensions of each entry ({_sketch(store)}), the head reads {config.widths[0]}"
-    if config.span != layout.span:
-        return f"it holds tokens of span {layout.span!r}, the head scores {config.span!r}"
-    return None
-
-
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds; together they are the decoded answer, special tokens included.
 
@@ -155,8 +128,3 @@ def _common(text: str, other: str) -> int:
 def _traces(scores: Tensor, gate_reward: Tensor, cu_seqlens: Tensor) -> list[Trace]:
     tokens = gate_reward.split(cu_seqlens.diff().tolist())
     return [Trace(score, own) for score, own in zip(scores.tolist(), tokens, strict=True)]
-
-
-def _sketch(store: Store) -> str:
-    sketch = store.layout.sketch
-    return "whole" if sketch is None else f"a {sketch['method']} sketch"

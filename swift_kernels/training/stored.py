@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from swift_kernels import features
-from swift_kernels.checkpoint import compare_fingerprints
+from swift_kernels.checkpoint import ModelMismatchError, compare_fingerprints
 from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.training import store as stores
 from swift_kernels.training.rollouts import Rollout, RolloutFile
@@ -39,32 +39,41 @@ def check_same_layout(store: Store, test: Store) -> None:
         )
 
 
+def unreadable(store: Store, head: SwiftHead) -> str | None:
+    """Why a head that reads a model's own entries cannot read what a store holds of them; None where it can."""
+    config, layout = head.config, store.layout
+    if layout.sketch is not None:
+        return f"it is a sketch ({layout.sketch['method']}:{layout.sketch['dimensions']})"
+    wanted = config.layers or (config.features,)
+    if missing := [name for name in wanted if name not in layout.entries]:
+        return f"it does not hold {', '.join(map(str, missing))}, which the head reads"
+    widths = tuple(store.widths[entry] for entry in entries_of(store, head))
+    if widths != config.widths:
+        return f"it holds entries {list(widths)} wide, the head reads {list(config.widths)}"
+    if config.span != layout.span:
+        return f"it holds tokens of span {layout.span!r}, the head scores {config.span!r}"
+    return None
+
+
 def check_readable(store: Store, head: SwiftHead, *, allow_mismatch: bool = False) -> None:
     """Raises unless a head that reads a model's own entries can read them from the store."""
-    if store.sketch is not None:
-        raise StoreError(
-            f"{store.path} is a sketch: a head reads the model's own entries, give the store it was made from, or run "
-            "the model"
+    if reason := unreadable(store, head):
+        raise StoreError(f"{store.path} cannot be scored: {reason}; give a store that the head can read, or --model")
+    if not allow_mismatch:
+        check_same_base(store, head)
+
+
+def check_same_base(store: Store, head: SwiftHead) -> None:
+    """Raises `ModelMismatchError` where the store holds features of another model than the head was trained on."""
+    base = head.config.base_model
+    if base is None:
+        return
+    difference, same_model = compare_fingerprints(base, store.model)
+    if not same_model:
+        raise ModelMismatchError(
+            f"the head was trained on {base['name']}, {store.path} holds features of {store.model['name']}: "
+            f"{difference}"
         )
-    wanted = head.config.layers or (head.config.features,)
-    if missing := [name for name in wanted if name not in store.layout.entries]:
-        raise StoreError(
-            f"{store.path} does not hold {', '.join(map(str, missing))}, which the head reads: collect them with "
-            "--store-layers, or run the model"
-        )
-    widths = tuple(store.widths[entry] for entry in entries_of(store, head))
-    if widths != head.config.widths or store.layout.span != head.config.span:
-        raise StoreError(
-            f"{store.path} holds entries {list(widths)} wide of span {store.layout.span!r}, the head reads "
-            f"{list(head.config.widths)} and {head.config.span!r}: expected a store of its own model"
-        )
-    if head.config.base_model is not None and not allow_mismatch:
-        difference, same_model = compare_fingerprints(head.config.base_model, store.model)
-        if not same_model:
-            raise StoreError(
-                f"the head was trained on {head.config.base_model['name']}, {store.path} is of "
-                f"{store.model['name']}: {difference}"
-            )
 
 
 def responses_of(store: Store, items: Sequence[Rollout]) -> list[list[int]]:
