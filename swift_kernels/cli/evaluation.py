@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from swift_kernels.evaluation.selectors import Table
     from swift_kernels.evaluation.study import Cost
     from swift_kernels.head import SwiftHead
-    from swift_kernels.progress import Update
     from swift_kernels.training.rollouts import Rollout, RolloutFile
 
 Heads = Annotated[list[str], typer.Option("--head", help="A head, for all files; or one for each, in their order.")]
@@ -166,21 +165,22 @@ class _Scored:
         self.tables: list[list[Table]] = []
         self.costs: list[list[Cost]] = []
 
-    def fill(self, what: str, score: Callable[[SwiftHead, int, Callable[[int], None]], Table]) -> _Scored:
-        """`score` is told which head, which file, and where to tell how many problems are done."""
+    def fill(self, what: str, score: Callable[[int, Callable[[int], None]], Sequence[Table]]) -> _Scored:
+        """`score` is told which file, and where to tell how many problems are done, each once a head."""
         from swift_kernels.cli import render
 
+        self.tables = [[] for _ in self.heads]
+        self.costs = [[] for _ in self.heads]
         with render.progress("scoring", sum(map(len, self.items)) * len(self.heads)) as update:
             done = 0
-            for head in self.heads:
-                self.tables.append([])
-                self.costs.append([])
-                for index, items in enumerate(self.items):
-                    started = time.perf_counter()
-                    tell = partial(_tell, update, done)
-                    self.tables[-1].append(score(head, index, tell))
-                    self.costs[-1].append(_cost(head, items, what, time.perf_counter() - started))
-                    done += len(items)
+            for index, items in enumerate(self.items):
+                started = time.perf_counter()
+                found = score(index, partial(_tell, update, done))
+                seconds = (time.perf_counter() - started) / len(self.heads)
+                for head, table, tables, costs in zip(self.heads, found, self.tables, self.costs, strict=True):
+                    tables.append(table)
+                    costs.append(_cost(head, items, what, seconds))
+                done += len(items) * len(self.heads)
         return self
 
 
@@ -212,10 +212,19 @@ def _scores(
             check_same_model(content, lm)
     items = [tokenized(content.rollouts, tokenizer) for content in contents]
 
-    def score(head: SwiftHead, index: int, update: Callable[[int], None]) -> Table:
-        return score_rollouts(
-            lm, head, items[index], batch_size=batch_size, allow_mismatch=allow_mismatch, on_progress=update
-        )
+    def score(index: int, update: Callable[[int], None]) -> list[Table]:
+        own = items[index]
+        return [
+            score_rollouts(
+                lm,
+                head,
+                own,
+                batch_size=batch_size,
+                allow_mismatch=allow_mismatch,
+                on_progress=partial(_tell, update, done * len(own)),
+            )
+            for done, head in enumerate(heads)
+        ]
 
     return _Scored(model, heads, items).fill("with a pass of the model", score)
 
@@ -225,7 +234,7 @@ def _scores_from_stores(
 ) -> _Scored:
     from swift_kernels import checkpoint
     from swift_kernels.training.store import Store
-    from swift_kernels.training.stored import check_readable, check_same_answers, score_stored
+    from swift_kernels.training.stored import check_readable, check_same_answers, score_stored_heads
 
     heads = [checkpoint.load(name) for name in names]
     stores = [Store(path) for path in paths]
@@ -235,13 +244,14 @@ def _scores_from_stores(
             check_readable(store, head, allow_mismatch=allow_mismatch)
     items = [content.rollouts for content in contents]
 
-    def score(head: SwiftHead, index: int, update: Callable[[int], None]) -> Table:
-        return score_stored(stores[index], head, items[index], update)
+    def score(index: int, update: Callable[[int], None]) -> Sequence[Table]:
+        return score_stored_heads(stores[index], heads, items[index], lambda done: update(done * len(heads)))
 
-    return _Scored(stores[0].model["name"], heads, items).fill("from the store", score)
+    what = "from the store" + (f", {len(heads)} heads in one read" if len(heads) > 1 else "")
+    return _Scored(stores[0].model["name"], heads, items).fill(what, score)
 
 
-def _tell(update: Update, before: int, count: int) -> None:
+def _tell(update: Callable[[int], None], before: int, count: int) -> None:
     update(before + count)
 
 
