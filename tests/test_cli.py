@@ -28,7 +28,10 @@ class TestCommand:
     def test_help_lists_the_subcommands(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, err = run(capsys, "--help")
         assert (code, err) == (0, "")
-        for name in ("rollout", "train", "eval", "best-of", "score", "demo"):
+        for name in (
+            *("rollout", "pairs", "train", "ablate", "sketch", "eval", "reward", "calibrate", "report", "inspect"),
+            *("best-of", "score", "demo"),
+        ):
             assert name in out
             assert "--json" in run(capsys, name, "--help")[1]
 
