@@ -15,8 +15,8 @@ pytest.importorskip("typer")
 
 from swift_kernels import SwiftHead
 from tests import tiny
+from tests.commands import assert_refused, rollout_args, run
 from tests.fake_hub import FakeHub
-from tests.test_cli import assert_refused, rollout_args, run
 from tests.training.test_collection import LAUNCH
 
 
