@@ -33,8 +33,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/swift-kernels demo
 
+# A core a process; a file's tests mostly stay together, as they share what is slow to make.
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff format --check .

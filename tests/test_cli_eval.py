@@ -113,6 +113,16 @@ class TestEval:
         assert max(map(int, task["evaluation"]["accuracy"])) == n
         assert any(f"N goes to {n}" in note for note in task["notes"])
 
+    @pytest.mark.parametrize(("task", "noted"), [("sums", True), ("other", False)], ids=["same", "other"])
+    def test_problems_that_the_head_may_know_are_told(
+        self, capsys: Capture, tmp_path: Path, made: Made, heads: list[Path], task: str, noted: bool
+    ) -> None:
+        head = SwiftHead.from_pretrained(str(heads[0])).with_config(task=task)
+        head.save_pretrained(str(tmp_path / "head"))
+        options = ["--store", made.store, "--head", tmp_path / "head"]
+        [found] = facts_of(capsys, "eval", made.rollouts, *options)["tasks"]
+        assert any("it may know them" in note for note in found["notes"]) == noted
+
 
 BAD: dict[str, tuple[Callable[[Made, list[Path], Path], list[object]], str]] = {
     "neither": (lambda made, heads, tmp: [made.rollouts, "--head", heads[0]], "--store and --model are both missing"),

@@ -82,7 +82,7 @@ def test_train_learns_the_preference_and_eval_measures_the_win_rate(
     assert json.loads(out)["recipe"]["loss"] == "dpo"
     code, out, err = run(capsys, "eval", files["test"], "--head", head, "--model", model_folder, "--n", "2", "--json")
     assert code == 0, err
-    accuracy = json.loads(out)["accuracy"]["2"]
+    accuracy = json.loads(out)["tasks"][0]["evaluation"]["accuracy"]["2"]
     assert accuracy["random"]["mean"] == accuracy["vote"]["mean"] == 0.5
     assert accuracy["swift"]["mean"] > 0.9
 

@@ -86,6 +86,7 @@ def evaluate_(
                     cost=cost,
                     rewards=rewards[index] if rewards else None,
                     ns=ns,
+                    notes=_seen(content, scored.heads[own[index]]),
                 )
             )
             update(index + 1)
@@ -264,6 +265,14 @@ def _cost(head: SwiftHead, items: Sequence[Rollout], what: str, seconds: float) 
     tokens = sum(max(len(row) - (config.span == "fed"), 0) for row in ids)
     parameters = config.num_outputs * (config.num_features + 1)
     return Cost(f"SWIFT, {what}", parameters, 2 * config.num_outputs * config.num_features * tokens, seconds, len(ids))
+
+
+def _seen(content: RolloutFile, head: SwiftHead) -> list[str]:
+    """Says so where the head was trained on the same side of the same task's split."""
+    split = content.header.get("split")
+    if content.task is None or content.task != head.config.task or split == "test":
+        return []
+    return [f"These are problems of the split {split!r} of the task that the head was trained on: it may know them"]
 
 
 def _read(rollouts: Sequence[Path], store: Sequence[Path] | None, model: str | None) -> list[RolloutFile]:

@@ -153,12 +153,16 @@ def study_task(
     cost: Cost,
     rewards: Rewards | None = None,
     ns: Sequence[int] | None = None,
+    notes: Sequence[str] = (),
 ) -> TaskStudy:
-    """Judges a head's scores on one task, alone, in a vote, and combined with an external reward where there is one."""
+    """Judges a head's scores on one task, alone, in a vote, and combined with an external reward where there is one.
+
+    `notes` are what is known of the data and worth saying.
+    """
     correct = [[candidate.correct for candidate in rollout.candidates] for rollout in rollouts]
     answers = [[candidate.answer for candidate in rollout.candidates] for rollout in rollouts]
     keys = [rollout.key for rollout in rollouts]
-    notes = [] if rewards is None else list(rewards.notes)
+    notes = [*notes, *([] if rewards is None else rewards.notes)]
     sizes = sorted({len(row) for row in correct})
     if len(sizes) > 1:
         notes.append(f"Problems have {sizes[0]} to {sizes[-1]} answers: N goes to {sizes[0]}")
