@@ -190,7 +190,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Place], None], list[str], str]] = {
             "all right": (grade(True), "all 24 answers are right: a head learns from right and wrong ones"),
             "all wrong": (grade(False), "all 24 answers are wrong: a head learns from right and wrong ones"),
             "one problem": (one_problem, "there is 1 problem: expected at least 2, one of them to validate on"),
-            "no label": (without_label("train"), "train.jsonl:3: not a problem with its candidates: candidate 3 has no"),
+            "no label": (without_label("train"), "train.jsonl:3: not a problem with its candidates: candidate 3"),
         }.items()
         for way, args in {"model": MODEL, "on the fly": ON_THE_FLY, "store": STORE}.items()
     },
