@@ -1,18 +1,15 @@
-"""The process behind `graders.MathGrader`: one JSON question a line in, one JSON answer a line out."""
+"""The process behind `graders.MathGrader`: finds answers in responses, and compares them."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import re
-import sys
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_answer
+from swift_kernels.evaluation.worker import serve
 
 TAIL = 20_000
 """Characters at the end of a response in which an answer that nothing marks is looked for."""
@@ -208,7 +205,9 @@ def _configs() -> Any:
     return (LatexExtractionConfig(normalization_config=normalization), ExprExtractionConfig())
 
 
-def _limit_memory() -> None:
+def _prepare() -> None:
+    import math_verify  # noqa: F401
+
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -216,20 +215,7 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-    # Whatever a library prints must not be taken for an answer.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    sys.stdout = sys.stderr
-    import math_verify  # noqa: F401  (the parent waits for this import once, not in its first question)
-
-    logging.disable(logging.CRITICAL)
-    _limit_memory()
-    print(json.dumps("ready"), file=replies, flush=True)
-    for line in sys.stdin:
-        try:
-            reply = answer(json.loads(line))
-        except Exception:  # what cannot be parsed or compared has no answer
-            reply = None
-        print(json.dumps(reply), file=replies, flush=True)
+    serve(answer, _prepare)
 
 
 if __name__ == "__main__":

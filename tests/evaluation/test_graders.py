@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("math_verify")
 
-from swift_kernels.evaluation import graders
 from swift_kernels.evaluation.graders import MathGrader
 
 
@@ -45,28 +44,15 @@ def test_extract_gives_equal_answers_one_form(grader: MathGrader) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    ["100000000!", "9^{9^{9^{9}}}", "10^{10^{10}} + \\frac{1}{3}", "\\binom{10^9}{5 \\cdot 10^8}"],
-    ids=["factorial", "tower", "power", "binomial"],
+    ["9^{9^{9^{9}}}", "10^{10^{10}} + \\frac{1}{3}", "\\binom{10^9}{5 \\cdot 10^8}"],
+    ids=["tower", "power", "binomial"],
 )
-def test_an_answer_that_hangs_is_wrong_and_the_next_one_is_graded(
-    grader: MathGrader, monkeypatch: pytest.MonkeyPatch, answer: str
-) -> None:
+def test_an_answer_that_hangs_is_wrong(grader: MathGrader, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     assert grader.equal("\\boxed{2}", "2")
-    monkeypatch.setattr(grader, "time_limit", 1.0)
+    monkeypatch.setattr(grader, "time_limit", 0.3)
     begin = time.monotonic()
     assert grader.equal(f"\\boxed{{{answer}}}", "5") is False
     assert time.monotonic() - begin < 5
-    monkeypatch.undo()
-    assert grader.equal("\\boxed{4}", "4") is True
-
-
-def test_answers_given_up_are_counted() -> None:
-    grader = MathGrader(time_limit=0.5)
-    try:
-        assert grader.extract("\\boxed{100000000!}") is None
-        assert grader.timeouts == 1
-    finally:
-        grader.close()
 
 
 MEGABYTE = 2**20
@@ -100,7 +86,7 @@ MEGABYTE = 2**20
     ],
 )
 def test_what_cannot_be_parsed_is_wrong(grader: MathGrader, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setattr(grader, "time_limit", 2.0)
+    monkeypatch.setattr(grader, "time_limit", 1.0)
     assert grader.equal(text, "18") is False
     assert isinstance(grader.extract(text), str | None)
 
@@ -118,38 +104,3 @@ def test_an_answer_is_found_among_anything(grader: MathGrader, around: str) -> N
 @pytest.mark.parametrize("reference", ["", "\ud800", "\x00", "\\frac{1}{0}", "}{"])
 def test_no_reference_is_too_odd(grader: MathGrader, reference: str) -> None:
     assert grader.equal("\\boxed{18}", reference) is False
-
-
-def test_a_worker_that_died_is_replaced(grader: MathGrader) -> None:
-    assert grader.equal("\\boxed{4}", "4")
-    assert grader._worker is not None
-    grader._worker.kill()
-    grader._worker.wait()
-    assert grader.equal("\\boxed{5}", "5")
-
-
-def test_a_worker_that_dies_of_an_answer_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    grader = MathGrader()
-    started = []
-
-    def start_and_kill() -> bool:
-        started.append(MathGrader._start(grader))
-        assert grader._worker is not None
-        grader._worker.kill()
-        grader._worker.wait()
-        return started[-1]
-
-    monkeypatch.setattr(grader, "_start", start_and_kill)
-    assert grader.equal("\\boxed{4}", "4") is False
-    assert started == [True, True]
-    monkeypatch.undo()
-    try:
-        assert grader.equal("\\boxed{4}", "4") is True
-    finally:
-        grader.close()
-
-
-def test_a_worker_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graders, "_WORKER_MODULE", "swift_kernels.evaluation.nowhere")
-    with pytest.raises(RuntimeError, match="does not start"):
-        MathGrader().equal("\\boxed{4}", "4")
