@@ -42,6 +42,10 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+class WorkerError(RuntimeError):
+    """The process cannot be started: not the fault of any answer, and every other question would fail too."""
+
+
 class Worker:
     """Answers questions in a child process that runs `script`, started when first used; threads take turns.
 
@@ -93,7 +97,7 @@ class Worker:
         # What Python itself runs at its start may print, before `serve` can prevent it.
         while (line := self._exchange(b"", START_LIMIT)) != _READY:
             if not line:
-                raise RuntimeError(f"the process {sys.executable} {self._script} does not start")
+                raise WorkerError(f"the process {sys.executable} {self._script} does not start")
 
     def _exchange(self, question: bytes, limit: float) -> bytes | None:
         """The child's next line, empty if it died, None if it was late; without one it is ended."""

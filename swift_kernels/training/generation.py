@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from swift_kernels.evaluation.tasks import Problem, Task
+from swift_kernels.evaluation.worker import WorkerError
 from swift_kernels.hub import first_line
 from swift_kernels.integrations.compatibility import check_context, eos_token_ids
 from swift_kernels.training.recording import Recorder
@@ -150,6 +151,8 @@ def grade(
         text = cut_at_stop(tokenizer.decode(token_ids, skip_special_tokens=True), task.stop)
         try:
             correct, answer = task.grade(text, problem), task.extract(text, problem)
+        except WorkerError:
+            raise
         except Exception as error:  # one odd answer must not cost those that were generated with it
             errors.append(error)
             correct, answer = False, None

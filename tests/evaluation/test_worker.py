@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from swift_kernels.evaluation.worker import Worker
+from swift_kernels.evaluation.worker import Worker, WorkerError
 
 CHILD = Path(__file__).with_name("odd_child.py")
 LIMIT = 60.0
@@ -163,7 +163,7 @@ def test_one_that_does_not_start_is_an_error(
     (tmp_path / "child.py").write_text(script)
     worker = Worker(tmp_path / "child.py")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"child\.py does not start"):
+        with pytest.raises(WorkerError, match=r"child\.py does not start"):
             worker.ask("right")
         assert worker._process is None
     assert worker.timeouts == 0

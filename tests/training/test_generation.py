@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swift_kernels.evaluation.tasks import Problem, Sums
+from swift_kernels.evaluation.worker import WorkerError
 from swift_kernels.training.generation import (
     Sampling,
     SeededSampler,
@@ -166,6 +167,17 @@ class Fragile(Sums):
         if "?" in text:
             raise RecursionError
         return text
+
+
+def test_a_grader_that_does_not_start_ends_the_run(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bool:
+        raise WorkerError("the process does not start")
+
+    task = Sums()
+    monkeypatch.setattr(task, "grade", fail)
+    problem = Problem("1+2", "1+2", "What is 1 + 2?", "3")
+    with pytest.raises(WorkerError):
+        grade(tokenizer, task, problem, [(tokenizer("3")["input_ids"], True)])
 
 
 def test_an_answer_that_cannot_be_graded_is_wrong_and_the_others_are_graded(tokenizer: Any) -> None:
