@@ -18,9 +18,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A symbolic link is followed; what is no regular file (a device, a pipe) is refused, as renaming would destroy it.
     """
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is no regular file: expected a path that may be replaced")
+    target = check_replaceable(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(descriptor)
@@ -38,6 +36,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> Path:
+    """Raises where `replacing` would refuse a path, before the work whose result it is for; the path, resolved."""
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise ValueError(f"{path} is a folder: expected a file")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path} is no regular file: expected a path that may be replaced")
+    for folder in target.parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise ValueError(f"{path} lies in {folder}, which is a file: expected a folder")
+            break
+    return target
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[Path]:

@@ -60,7 +60,7 @@ class TestEval:
         # float32 kept whole, summed in another order: scores differ by rounding, and picks do not.
         assert stored["evaluation"] == run_again["evaluation"]
         assert stored["costs"][0]["flops"] == run_again["costs"][0]["flops"] > 0
-        assert stored["costs"][0]["what"] == "SWIFT, from the store"
+        assert stored["costs"][0]["what"] == "SWIFT, read from the store"
 
     def test_heads_of_several_tasks_are_compared_on_all(
         self, capsys: Capture, tmp_path: Path, model: Path, made: Made, heads: list[Path]
@@ -93,9 +93,9 @@ class TestEval:
         options = ["--store", made.store, "--head", heads[0], "--reward", path, "--reward-column", "points"]
         [task] = facts_of(capsys, "eval", made.rollouts, *options)["tasks"]
         assert {"reward", "reward_vote", "rank", "min_max", "weighted"} <= set(task["evaluation"]["accuracy"]["4"])
-        # It knows the grades, and has no line for the first problem.
-        assert task["evaluation"]["accuracy"]["4"]["reward"]["mean"] == pytest.approx(11 / 12)
-        assert any("1 of 12" in note or "problem" in note for note in task["notes"]), task["notes"]
+        # It knows the grades, and has no line for the first problem, by which it is not judged.
+        assert task["evaluation"]["accuracy"]["4"]["reward"]["mean"] == 1.0
+        assert any("judged on the 11 of 12 problems" in note for note in task["notes"])
         assert task["reward"] == "judge"
         assert 0 <= task["weight"] <= 0.5
 

@@ -35,11 +35,11 @@ def test_a_selector_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert title == "title"
     assert heads.split("  ")[0] == "picked by"
     assert [f"N={n} " in heads for n in (1, 2, 4, 8, 16)] == [True] * 5
-    shown_names = ["random", "vote", "length", "logprob", "self_certainty", "swift", "oracle"]
+    shown_names = ["random", "vote", "length", "longest", "logprob", "self_certainty", "swift", "oracle"]
     rows = dict(zip(shown_names, lines, strict=False))
     for key in shown_names:
         assert rows[key].startswith(SELECTOR_NAMES[key])
-        assert rows[key].endswith("100.0)" if key in ("swift", "oracle") else "0.003")
+        assert rows[key].endswith("100.0)" if key in ("swift", "oracle") else "0.004")
     assert "6.2 (6.2-6.2)  +93.8 (+93.8 to +93.8)" in rows["self_certainty"]
     assert max(map(len, [heads, *lines])) <= render.PIPE_WIDTH
 

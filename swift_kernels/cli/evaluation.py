@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -54,14 +55,17 @@ def evaluate_(
     from swift_kernels.evaluation import study
     from swift_kernels.evaluation.compare import check_ns
     from swift_kernels.evaluation.rewards import read_rewards
+    from swift_kernels.files import check_replaceable
 
     started = time.perf_counter()
     ns = None if n is None else _parse_integers("--n", n)
     _at_least("--batch-size", batch_size, 1)
     _one_each("--head", head, rollouts, or_one=True)
     _one_each("--reward", reward or [], rollouts)
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
+    if reward_column != "rewards" and not reward:
+        raise ValueError(f"--reward-column is {reward_column!r}: it says where the lines of --reward have them")
+    if output is not None:
+        check_replaceable(output)
     contents = _read(rollouts, store, model)
     for content in contents:
         check_ns(content.rollouts, ns)
@@ -71,7 +75,11 @@ def evaluate_(
     names = list(dict.fromkeys(head))
     scored = _scores(contents, store, model, names, batch_size, allow_mismatch, device, dtype)
     own = [names.index(head[index if len(head) > 1 else 0]) for index in range(len(contents))]
-    labels = [content.task or content.path.stem for content in contents]
+    named = [content.task or content.path.stem for content in contents]
+    labels = [
+        f"{name} ({content.path.name})" if named.count(name) > 1 else name
+        for name, content in zip(named, contents, strict=True)
+    ]
     tasks = []
     with render.progress("evaluation", len(contents)) as update:
         for index, content in enumerate(contents):
@@ -90,7 +98,7 @@ def evaluate_(
                 )
             )
             update(index + 1)
-    transfer = study.transfer(names, labels, own, scored.items, scored.tables) if len(names) > 1 else None
+    transfer = study.transfer(names, labels, own, scored.items, scored.tables, ns) if len(names) > 1 else None
     result = study.Study(scored.model, tasks, transfer, round(time.perf_counter() - started, 2))
     facts = result.to_dict()
     if output is not None:
@@ -138,7 +146,9 @@ def calibrate(
     correct = [[candidate.correct for candidate in item.candidates] for item in items]
     found, _ = fit(scores, correct, [item.key for item in items])
     scaling = found.scaling
-    facts_kept = {"task": contents[0].task, "problems": len(items), "ece": found.after.ece}
+    facts_kept = {"task": contents[0].task, "problems": len(items), "keys": _digest(items), "ece": found.after.ece}
+    for line in _seen(contents[0], scored.heads[0]):
+        render.note(line)
     checkpoint.save(scored.heads[0].calibrated(scaling.temperature, scaling.offset, **facts_kept), output)
     facts = {
         "output": str(output),
@@ -166,7 +176,9 @@ class _Scored:
         self.tables: list[list[Table]] = []
         self.costs: list[list[Cost]] = []
 
-    def fill(self, what: str, score: Callable[[int, Callable[[int], None]], Sequence[Table]]) -> _Scored:
+    def fill(
+        self, what: str, score: Callable[[int, Callable[[int], None]], Sequence[Table]], *, stored: bool
+    ) -> _Scored:
         """`score` is told which file, and where to tell how many problems are done, each once a head."""
         from swift_kernels.cli import render
 
@@ -177,7 +189,8 @@ class _Scored:
             for index, items in enumerate(self.items):
                 started = time.perf_counter()
                 found = score(index, partial(_tell, update, done))
-                seconds = (time.perf_counter() - started) / len(self.heads)
+                # A pass of the model takes what the head does not: it tells nothing of the head.
+                seconds = (time.perf_counter() - started) / len(self.heads) if stored else None
                 for head, table, tables, costs in zip(self.heads, found, self.tables, self.costs, strict=True):
                     tables.append(table)
                     costs.append(_cost(head, items, what, seconds))
@@ -227,7 +240,7 @@ def _scores(
             for done, head in enumerate(heads)
         ]
 
-    return _Scored(model, heads, items).fill("with a pass of the model", score)
+    return _Scored(model, heads, items).fill("the pass of the model over the answers apart", score, stored=False)
 
 
 def _scores_from_stores(
@@ -248,15 +261,15 @@ def _scores_from_stores(
     def score(index: int, update: Callable[[int], None]) -> Sequence[Table]:
         return score_stored_heads(stores[index], heads, items[index], lambda done: update(done * len(heads)))
 
-    what = "from the store" + (f", {len(heads)} heads in one read" if len(heads) > 1 else "")
-    return _Scored(stores[0].model["name"], heads, items).fill(what, score)
+    what = "read from the store" + (f", {len(heads)} heads at once" if len(heads) > 1 else "")
+    return _Scored(stores[0].model["name"], heads, items).fill(what, score, stored=True)
 
 
 def _tell(update: Callable[[int], None], before: int, count: int) -> None:
     update(before + count)
 
 
-def _cost(head: SwiftHead, items: Sequence[Rollout], what: str, seconds: float) -> Cost:
+def _cost(head: SwiftHead, items: Sequence[Rollout], what: str, seconds: float | None) -> Cost:
     from swift_kernels.evaluation.study import Cost
 
     config = head.config
@@ -268,11 +281,17 @@ def _cost(head: SwiftHead, items: Sequence[Rollout], what: str, seconds: float) 
 
 
 def _seen(content: RolloutFile, head: SwiftHead) -> list[str]:
-    """Says so where the head was trained on the same side of the same task's split."""
-    split = content.header.get("split")
-    if content.task is None or content.task != head.config.task or split == "test":
-        return []
-    return [f"These are problems of the split {split!r} of the task that the head was trained on: it may know them"]
+    """Says so where the head was trained on the same side of the same task's split, or calibrated on these problems."""
+    split, notes = content.header.get("split"), []
+    if content.task is not None and content.task == head.config.task and split != "test":
+        notes.append(f"Problems of the split {split!r} of the task that the head was trained on: it may know them")
+    if head.config.metrics.get("calibration", {}).get("keys") == _digest(content.rollouts):
+        notes.append("The head was calibrated on these very problems: what is said of its P(correct) is too good")
+    return notes
+
+
+def _digest(items: Sequence[Rollout]) -> str:
+    return hashlib.sha256("\n".join(sorted(item.key for item in items)).encode()).hexdigest()[:16]
 
 
 def _read(rollouts: Sequence[Path], store: Sequence[Path] | None, model: str | None) -> list[RolloutFile]:
@@ -304,11 +323,11 @@ def report(
     """Write one report of an evaluation with all plots; the page opens without a network."""
     from swift_kernels.cli import render
     from swift_kernels.evaluation import report as reports
+    from swift_kernels.files import check_replaceable
 
     if output.suffix not in (".html", ".md"):
         raise ValueError(f"--output {output} ends in {output.suffix!r}: expected .html or .md")
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
+    check_replaceable(output)
     found = reports.read(evaluation)
     scaling = None if ablation is None else reports.read_ablation(ablation)
     write = reports.write_html if output.suffix == ".html" else reports.write_markdown

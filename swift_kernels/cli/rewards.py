@@ -51,7 +51,6 @@ def reward(
     cost = result.cost
     assert cost is not None
     candidates = sum(map(len, result.values))
-    read_ones = max(1, cost.answers)
     facts = {
         "output": str(output),
         "problems": len(result.values),
@@ -63,14 +62,19 @@ def reward(
         "tokens": cost.tokens,
         "seconds": cost.seconds,
         "flops": cost.flops,
-        "seconds_per_answer": cost.seconds / read_ones,
-        "flops_per_answer": cost.flops / read_ones,
+        "seconds_per_answer": cost.seconds / cost.answers if cost.answers else None,
+        "flops_per_answer": cost.flops / cost.answers if cost.answers else None,
     }
     render.emit(
         facts,
         as_json,
         f"{output}: {len(result.values)} problems, {candidates} answers, {cost.answers} of them read ({cost.tokens:,} "
         "tokens), equal ones once",
-        f"{result.name}: {cost.parameters:,} parameters; an answer takes {cost.seconds / read_ones:.3g} s on "
-        f"{cost.device} and {cost.flops / read_ones:.3g} FLOPs",
+        f"{result.name}: {cost.parameters:,} parameters"
+        + (
+            f"; an answer takes {cost.seconds / cost.answers:.3g} s on {cost.device} and "
+            f"{cost.flops / cost.answers:.3g} FLOPs"
+            if cost.answers
+            else "; no answer was read"
+        ),
     )

@@ -89,7 +89,8 @@ class Calibration:
         folds: how many parts of the problems were each left out of a fit; what follows is on those left out.
         before: sigmoid(score) as it is. after: P(correct).
         picks: P(correct) of the answer that is picked among all; above its accuracy where the head is led astray.
-        abstention: sure is who has a great P(correct). vote: who has a great share of the vote; None without answers.
+        abstention: sure is who has a great score. vote_abstention: who has a great share of the vote; None without
+            answers.
     """
 
     scaling: Scaling
@@ -126,7 +127,9 @@ def fit_scaling(scores: Table, correct: Sequence[Sequence[bool]]) -> Scaling:
         raise ValueError("no answer has a finite score: expected right and wrong ones to calibrate on")
     check_mixed(labels)
     weight /= weight.sum()
-    center, spread = values.mean(), values.std() or 1.0
+    largest = np.abs(values).max() or 1.0
+    # Scaled first: the square of a huge score is none.
+    center, spread = largest * (values / largest).mean(), largest * (values / largest).std() or 1.0
     standard = (values - center) / spread
     target = np.where(right, (right.sum() + 1) / (right.sum() + 2), 1 / ((~right).sum() + 2))
 
@@ -139,7 +142,10 @@ def fit_scaling(scores: Table, correct: Sequence[Sequence[bool]]) -> Scaling:
     # A slope below zero would turn the order around, which a scaling must not.
     found = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(1e-3, None), (None, None)])
     slope, level = found.x
-    return Scaling(float(spread / slope), float(level - slope * center / spread))
+    scaling = Scaling(float(spread / slope), float(level - slope * (center / spread)))
+    if not math.isfinite(scaling.temperature) or not math.isfinite(scaling.offset):
+        raise ValueError(f"scores of up to {largest:.3g} have no temperature that float64 holds")
+    return scaling
 
 
 def check_mixed(grades: Sequence[bool]) -> None:
@@ -163,7 +169,10 @@ def cross_fitted(scores: Table, correct: Sequence[Sequence[bool]], parts: Sequen
     probabilities: list[list[float]] = [[] for _ in scores]
     for part in set(parts):
         others = [index for index, own in enumerate(parts) if own != part]
-        scaling = fit_scaling([scores[index] for index in others], [correct[index] for index in others])
+        try:
+            scaling = fit_scaling([scores[index] for index in others], [correct[index] for index in others])
+        except ValueError as error:
+            raise ValueError(f"without one part in {len(set(parts))} of the problems, {error}") from None
         for index, own in enumerate(parts):
             if own == part:
                 (probabilities[index],) = scaling.probabilities([scores[index]])
@@ -184,8 +193,10 @@ def calibrate(
     probabilities = cross_fitted(scores, correct, parts)
     raw = Scaling(1.0, 0.0).probabilities(scores)
     picks = [picked(row, row, grades) for row, grades in zip(probabilities, correct, strict=True)]
-    sure = [max((p for p in row if not math.isnan(p)), default=math.nan) for row in probabilities]
-    votes = None if answers is None else _vote_abstention(answers, correct)
+    # By the score itself: each part's scaling has another offset, lower where its own problems are right more often.
+    sure = [max((score for score in row if not math.isnan(score)), default=math.nan) for row in scores]
+    has_answers = answers is not None and any(answer is not None for row in answers for answer in row)
+    votes = _vote_abstention(answers, correct) if answers is not None and has_answers else None
     calibration = Calibration(
         scaling=fit_scaling(scores, correct),
         folds=folds,
@@ -222,7 +233,8 @@ def reliability(probabilities: Table, correct: Sequence[Sequence[float]], bins: 
         [
             float(np.mean(errors)) if (errors := _squared_errors(row, grades)) else math.nan
             for row, grades in zip(probabilities, correct, strict=True)
-        ]
+        ],
+        shares=True,
     )
     if not pairs:
         return Reliability(math.nan, brier, [])
@@ -248,7 +260,7 @@ def abstention(sureness: Sequence[float], right: Sequence[float]) -> Abstention:
     running = np.cumsum(outcome) / np.arange(1, len(outcome) + 1)
     return Abstention(
         [count / len(sure) for count in counts],
-        [metrics.estimate(right, weights=_answered(sure, count)) for count in counts],
+        [metrics.estimate(right, weights=_answered(sure, count), shares=True) for count in counts],
         float(running.mean()),
     )
 

@@ -20,6 +20,7 @@ SELECTOR_NAMES = {
     "random": "random pick",
     "vote": "majority vote",
     "length": "shortest answer",
+    "longest": "longest answer",
     "logprob": "log-probability",
     "self_certainty": "self-certainty",
     "swift": "SWIFT",
@@ -60,7 +61,7 @@ class Comparison:
 
     def accuracy(self, name: str, n: int | None = None) -> Estimate:
         """At n, by default the largest."""
-        return metrics.estimate(self.values[self.n if n is None else n][name])
+        return metrics.estimate(self.values[self.n if n is None else n][name], shares=True)
 
     def difference(self, name: str, baseline: str, n: int | None = None) -> Difference:
         """How much oftener `name` picks a right answer than `baseline`, paired by problem, at n or the largest."""
@@ -72,7 +73,7 @@ class Comparison:
         return [metrics.within_problem_auc(s, c) for s, c in zip(self.scores[name], self.correct, strict=True)]
 
     def auc(self, name: str) -> Estimate:
-        return metrics.estimate(self.aucs(name))
+        return metrics.estimate(self.aucs(name), shares=True)
 
 
 def compare(
@@ -80,17 +81,25 @@ def compare(
     tables: Mapping[str, Scores],
     ns: Sequence[int] | None = None,
     rules: Mapping[str, Selector] | None = None,
+    judged: Mapping[str, Sequence[bool]] | None = None,
 ) -> Comparison:
     """Compares named score tables and rules, the baselines that the rollouts allow, and the oracle.
 
     At each n of `ns`, by default 1, 2, 4, ... and the number of candidates. The selectors are "random", "vote", those
-    of `baseline_scores`, the tables, the rules and "oracle".
+    of `baseline_scores`, the tables, the rules and "oracle"; without an answer anywhere there is no vote.
+
+    `judged` says of a selector which problems it can be judged by: it has NaN on the others, and so have differences
+    from it.
     """
     ns = check_ns(rollouts, ns)
     correct = [[candidate.correct for candidate in rollout.candidates] for rollout in rollouts]
     answers = [[candidate.answer for candidate in rollout.candidates] for rollout in rollouts]
     baselines, notes = baseline_scores(rollouts)
-    rules = {"vote": selectors.vote(answers), **(rules or {})}
+    rules = dict(rules or {})
+    if any(answer is not None for row in answers for answer in row):
+        rules = {"vote": selectors.vote(answers), **rules}
+    else:
+        notes.append("No answer was found in any response: not compared with majority vote")
     for name, table in tables.items():
         if name in {"random", "vote", "oracle", *_BASELINES}:
             raise ValueError(f"{name!r} names a selector that needs no scores: name them otherwise")
@@ -100,7 +109,7 @@ def compare(
     values = {
         n: {
             "random": [metrics.best_of_k([0.0] * len(c), c, n) for c in correct],
-            "vote": _won(rules["vote"], correct, n),
+            **{name: _won(rule, correct, n) for name, rule in rules.items() if name == "vote"},
             **{
                 name: [metrics.best_of_k(s, c, n) for s, c in zip(table, correct, strict=True)]
                 for name, table in scores.items()
@@ -110,6 +119,10 @@ def compare(
         }
         for n in ns
     }
+    for name, known in (judged or {}).items():
+        for row in values.values():
+            if name in row:
+                row[name] = [value if own else math.nan for value, own in zip(row[name], known, strict=True)]
     return Comparison(values, scores, correct, notes)
 
 
@@ -131,8 +144,9 @@ def check_ns(rollouts: Sequence[Rollout], ns: Sequence[int] | None) -> list[int]
 def baseline_scores(rollouts: Sequence[Rollout]) -> tuple[dict[str, Scores], list[str]]:
     """Scores that need no head, and notes on those that are left out because some answer lacks what they read.
 
-    "length" prefers the shortest answer in tokens, "logprob" the greatest mean log-probability of the tokens, and
-    "self_certainty" their greatest mean divergence from uniform (arXiv 2502.18581). An answer without a token has NaN.
+    "length" prefers the shortest answer in tokens, "longest" the longest, "logprob" the greatest mean log-probability
+    of the tokens, and "self_certainty" their greatest mean divergence from uniform (arXiv 2502.18581).
+    An answer without a token has NaN.
     """
     scores: dict[str, Scores] = {}
     left_out: dict[str, list[str]] = {}
@@ -160,6 +174,11 @@ def _length(answer: Response) -> float | None:
     return -float(len(answer.token_ids)) if answer.token_ids else math.nan
 
 
+def _longest(answer: Response) -> float | None:
+    shortness = _length(answer)
+    return None if shortness is None else -shortness
+
+
 def _logprob(answer: Response) -> float | None:
     return None if answer.confidence is None else _mean(answer.confidence.logprobs)
 
@@ -174,6 +193,7 @@ def _mean(values: Sequence[float]) -> float:
 
 _BASELINES: dict[str, tuple[str, Callable[[Response], float | None]]] = {
     "length": ("token ids", _length),
+    "longest": ("token ids", _longest),
     "logprob": ("per-token confidence", _logprob),
     "self_certainty": ("per-token confidence", _self_certainty),
 }

@@ -88,12 +88,13 @@ def evaluate(
     *,
     tables: Mapping[str, Scores] | None = None,
     rules: Mapping[str, Selector] | None = None,
+    judged: Mapping[str, Sequence[bool]] | None = None,
 ) -> Evaluation:
     """Evaluates every selector at each n of `ns` (by default 1, 2, 4, ... and the number of candidates).
 
-    `tables` and `rules` are what is compared besides, as in `compare`.
+    `tables` and `rules` are what is compared besides, `judged` by which problems, as in `compare`.
     """
-    compared = compare(rollouts, {"swift": scores, **(tables or {})}, ns, rules)
+    compared = compare(rollouts, {"swift": scores, **(tables or {})}, ns, rules, judged)
     aucs = compared.aucs("swift")
     differences = {
         f"swift - {other}": compared.difference("swift", other)
@@ -104,7 +105,7 @@ def evaluate(
         accuracy={n: {name: compared.accuracy(name, n) for name in compared.selectors} for n in compared.values},
         differences=differences,
         adjusted_p=dict(zip(differences, metrics.holm([each.p for each in differences.values()]), strict=True)),
-        auc=estimate(aucs),
+        auc=estimate(aucs, shares=True),
         problems=len(rollouts),
         mixed_problems=sum(not math.isnan(auc) for auc in aucs),
         candidates=sum(map(len, compared.correct)),

@@ -105,8 +105,14 @@ def within_problem_auc(scores: Sequence[float], correct: Sequence[bool]) -> floa
     return float((ranks[np.asarray(correct, dtype=bool)].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
-def estimate(values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None) -> Estimate:
-    """Mean of per-problem values and its bootstrap interval; NaN values and those of weight 0 are left out."""
+def estimate(
+    values: Sequence[float], seed: int = 0, weights: Sequence[float] | None = None, *, shares: bool = False
+) -> Estimate:
+    """Mean of per-problem values and its bootstrap interval; NaN values and those of weight 0 are left out.
+
+    With `shares` the values are in 0..1, and the interval takes in that of `_wilson`: near 0 and 1 few problems hold
+    too little of the other kind for a bootstrap, which of 20 right ones would say 100 to 100%.
+    """
     sample = np.asarray(values, dtype=float)
     weight = np.ones(len(sample)) if weights is None else np.asarray(weights, dtype=float)
     known = ~np.isnan(sample) & (weight > 0)
@@ -123,7 +129,12 @@ def estimate(values: Sequence[float], seed: int = 0, weights: Sequence[float] | 
             means[start : start + size] = sample[drawn].mean(axis=1)
         else:
             means[start : start + size] = (sample * weight)[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
-    return Estimate(float(np.average(sample, weights=weight)), *_interval(means, len(sample)))
+    mean = float(np.average(sample, weights=weight))
+    low, high = _interval(means, len(sample))
+    if shares:
+        below, above = _wilson(mean, float(np.average((sample - mean) ** 2, weights=weight)), len(sample))
+        low, high = min(low, below), max(high, above)
+    return Estimate(mean, low, high)
 
 
 def estimate_runs(runs: Sequence[Sequence[float]], seed: int = 0) -> Estimate:
@@ -226,6 +237,17 @@ def _interval(means: np.ndarray, problems: int) -> tuple[float, float]:
         tail = float(ndtr(math.sqrt(problems / (problems - 1)) * stdtrit(problems - 1, tail)))
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _wilson(mean: float, variance: float, problems: int) -> tuple[float, float]:
+    """Wilson's score interval of a share, for as many right-or-wrong problems as would vary as these values do."""
+    if variance == 0 and 0 < mean < 1:
+        return mean, mean
+    count = problems if variance == 0 else problems * max(1.0, mean * (1 - mean) / variance)
+    z = 1.959964
+    center = (mean * count + z**2 / 2) / (count + z**2)
+    reach = z / (count + z**2) * math.sqrt(mean * (1 - mean) * count + z**2 / 4)
+    return max(0.0, center - reach), min(1.0, center + reach)
 
 
 def _check(n: int, others: int, k: int) -> None:

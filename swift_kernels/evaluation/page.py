@@ -8,7 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 OURS = "#0b5fa5"
-OTHERS = ("#c44e52", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#64b5cd", "#ccb974", "#4c4c4c")
+OTHERS = (
+    "#c44e52",
+    "#dd8452",
+    "#55a868",
+    "#8172b3",
+    "#937860",
+    "#da8bc3",
+    "#8c8c8c",
+    "#64b5cd",
+    "#ccb974",
+    "#4c4c4c",
+    "#9467bd",
+)
 """Of lines in pictures, in this order."""
 
 

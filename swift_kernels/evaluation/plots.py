@@ -16,13 +16,8 @@ from swift_kernels.evaluation.study import OverOptimization, TaskStudy, Transfer
 from swift_kernels.evaluation.wording import percent
 
 INK = "#1c2430"
-COLOURS = {"swift": OURS, "oracle": INK, "swift_vote": "#4f9bd9"} | dict(
-    zip(
-        [name for name in SELECTOR_NAMES if name not in ("swift", "oracle", "swift_vote")],
-        OTHERS,
-        strict=False,
-    )
-)
+_OWN = {"swift": OURS, "oracle": INK, "swift_vote": "#4f9bd9"}
+COLOURS = _OWN | dict(zip([name for name in SELECTOR_NAMES if name not in _OWN], OTHERS, strict=True))
 """Of each selector, the same in all pictures."""
 
 
@@ -46,7 +41,7 @@ def task_pictures(task: TaskStudy, name: str, pyplot: Any) -> Iterator[Picture]:
         yield Picture.of(
             f"{name}-accuracy",
             "Accuracy of the pick against the number of answers it is picked from; bands are 95% intervals over "
-            "problems. A line that falls is over-optimisation.",
+            "problems. Where SWIFT's line falls, more answers mislead it: over-optimisation.",
             accuracy(evaluation, pyplot),
         )
     yield Picture.of(
@@ -160,7 +155,7 @@ def abstention(calibration: Calibration, pyplot: Any) -> Any:
     """Accuracy against coverage, sure by P(correct) and by share of the vote."""
     figure, axis = pyplot.subplots(figsize=(6.4, 4.0))
     for key, title, colour in (
-        ("abstention", "SWIFT's pick, sure by P(correct)", OURS),
+        ("abstention", "SWIFT's pick, sure by its score", OURS),
         ("vote_abstention", "majority vote, sure by its share", COLOURS["vote"]),
     ):
         found: Abstention | None = getattr(calibration, key)
@@ -178,9 +173,8 @@ def transfer(found: Transfer, pyplot: Any) -> Any:
 
     heads, tasks = found.heads, found.tasks
     values = np.array([[100 * cell.mean for cell in row] for row in found.accuracy])
-    # Colours compare heads on one task: tasks differ in how hard they are.
-    best, worst = values.max(axis=0), values.min(axis=0)
-    shade = (values - worst) / np.where(best > worst, best - worst, 1)
+    # Colours compare heads on one task, 30 points from light to dark: tasks differ in how hard they are.
+    shade = 1 - (values.max(axis=0) - values) / 30
     figure, axis = pyplot.subplots(figsize=(2.6 + 2.4 * len(tasks), 1.6 + 0.7 * len(heads)))
     axis.imshow(shade, cmap="Blues", vmin=-0.3, vmax=1.6, aspect="auto")
     for row in range(len(heads)):
@@ -191,22 +185,18 @@ def transfer(found: Transfer, pyplot: Any) -> Any:
     axis.set_xticks(range(len(tasks)), [f"{_wrapped(task)}\nN={n}" for task, n in zip(tasks, found.n, strict=True)])
     axis.set_yticks(range(len(heads)), [_wrapped(head) for head in heads])
     axis.grid(False)
-    axis.set(ylabel="head trained on")
+    axis.set(ylabel="head")
     return figure
 
 
 def training_problems(ablation: Mapping[str, Any], pyplot: Any) -> Any:
     """Best-of-N accuracy and AUC against the number of training problems, of `swift-kernels ablate`; None without."""
-    rows = (
-        sorted(
-            (result["variant"]["problems"] or ablation["train_problems"], result)
-            for result in ablation["results"]
-            if result["variant"]["axis"] in (None, "problems")
-        )
-        if len({result["variant"]["problems"] for result in ablation["results"]}) > 1
-        else []
+    results = [result for result in ablation["results"] if result["variant"]["axis"] in (None, "problems")]
+    rows = sorted(
+        ((result["variant"]["problems"] or ablation["train_problems"], result) for result in results),
+        key=lambda row: row[0],
     )
-    if not rows:
+    if len(rows) < 2:
         return None
     counts = [count for count, _ in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 3.8))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from swift_kernels import files
 from swift_kernels.evaluation import page, plots
@@ -20,10 +21,11 @@ from swift_kernels.evaluation.wording import p_value, percent, points, study_fac
 
 HOW_TO_READ = (
     "Accuracies are percent of problems whose pick is right, at each N the mean over all subsets of N of a problem's "
-    "answers; ties count in expectation. Intervals are 95%, bootstrapped over problems. Differences are paired by "
-    "problem; p is that of a two-sided sign-flip test, adjusted for the number of comparisons in its table (Holm). "
-    "P(correct), abstention, votes that SWIFT weighs and weighted means use temperatures and weights that were fitted "
-    "to other problems of the file than those they are judged by."
+    "answers (over 512 random ones where there are more, for votes and combinations); ties count in expectation. "
+    "Intervals are 95%, bootstrapped over problems. Differences are paired by problem; p is that of a two-sided "
+    "sign-flip test, adjusted for the number of comparisons in its table (Holm). P(correct), votes that SWIFT or a "
+    "reward weighs and weighted means use temperatures and weights that were fitted to other problems of the file than "
+    "those they are judged by."
 )
 
 
@@ -83,18 +85,19 @@ def write_markdown(study: Study, path: Path, ablation: Mapping[str, Any] | None 
     lines = [f"# {_title(study)}", "", HOW_TO_READ, ""]
     with page.drawing() as pyplot:
         for section in _sections(study, ablation, pyplot):
-            lines += [f"## {section.title}", "", *(f"- {fact}" for fact in section.facts), ""]
+            lines += [f"## {_plain(section.title)}", "", *(f"- {_plain(fact)}" for fact in section.facts), ""]
             if section.table:
                 head, *rows = section.table
-                lines += [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+                lines += [_row(map(_plain, head)), _row(["---", *["---:"] * (len(head) - 1)])]
                 lines += [
-                    _row([f"**{cell}**" if place == section.ours and cell else cell for cell in row])
+                    _row(f"**{_plain(cell)}**" if place == section.ours and cell else _plain(cell) for cell in row)
                     for place, row in enumerate(rows)
                 ]
                 lines.append("")
             for picture in section.pictures:
                 files.write_text(folder / f"{picture.name}.svg", picture.svg)
-                lines += [f"![{picture.caption}]({folder.name}/{picture.name}.svg)", "", picture.caption, ""]
+                place = quote(f"{folder.name}/{picture.name}.svg")
+                lines += [f"![{picture.caption}]({place})", "", picture.caption, ""]
     files.write_text(path, "\n".join(lines).rstrip() + "\n")
 
 
@@ -105,7 +108,7 @@ def _title(study: Study) -> str:
 def _sections(study: Study, ablation: Mapping[str, Any] | None, pyplot: Any) -> list[Section]:
     sections = []
     for index, task in enumerate(study.tasks):
-        name = f"{index + 1}-{re.sub(r'[^a-z0-9]+', '-', task.task.lower()).strip('-')}"
+        name = f"{index + 1}-{re.sub(r'[^a-z0-9]+', '-', task.task.lower()).strip('-')[:60]}"
         table, ours = _table(task.evaluation)
         facts = [
             f"{task.evaluation.problems} problems, {task.evaluation.candidates:,} answers of {task.rollouts}, "
@@ -123,7 +126,10 @@ def _sections(study: Study, ablation: Mapping[str, Any] | None, pyplot: Any) -> 
         table = _transfer_table(study.transfer)
         sections.append(Section("Heads on the tasks of others", [], table, None, [picture]))
     if ablation is not None:
-        figure = plots.training_problems(ablation, pyplot)
+        try:
+            figure = plots.training_problems(ablation, pyplot)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReportError(f"the ablation is damaged ({error!r}): expected a file of `ablate --output`") from None
         facts = [f"{ablation['train_problems']} training problems at most, {ablation['test_problems']} test problems"]
         if figure is None:
             facts.append("The ablation did not vary the number of training problems: `ablate --vary problems` does")
@@ -156,18 +162,24 @@ def _table(evaluation: Evaluation) -> tuple[list[list[str]], int]:
 
 def _transfer_table(found: Transfer) -> list[list[str]]:
     rows = [["head", *(f"{task}, N={n}" for task, n in zip(found.tasks, found.n, strict=True))]]
-    for head, accuracies, gaps in zip(found.heads, found.accuracy, found.difference, strict=True):
+    for head, accuracies, gaps, aucs in zip(found.heads, found.accuracy, found.difference, found.auc, strict=True):
         rows.append(
             [
                 head,
                 *(
-                    f"{percent(own)}; " + ("own head" if gap is None else f"{points(gap)}, p {p_value(gap.p)}")
-                    for own, gap in zip(accuracies, gaps, strict=True)
+                    f"{percent(own)}; AUC {auc.mean:.3f}; "
+                    + ("own head" if gap is None else f"{points(gap)}, p {p_value(gap.p)}")
+                    for own, gap, auc in zip(accuracies, gaps, aucs, strict=True)
                 ),
             ]
         )
     return rows
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def _plain(text: str) -> str:
+    """Text that markdown shows as it is: names come from files and command lines."""
+    return re.sub(r"([\\`*_<>\[\]#|])", r"\\\1", " ".join(text.split()))
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -223,7 +223,10 @@ def _values(row: dict[str, Any], column: str, rollout: Rollout, place: str) -> l
             f"{place}: these are rewards of other answers to problem {rollout.id!r}: expected those of these rollouts, "
             "make them anew with `swift-kernels reward`"
         )
-    return [math.nan if value is None else float(value) for value in values]
+    try:
+        return [math.nan if value is None else float(value) for value in values]
+    except OverflowError:
+        raise RewardFileError(f"{place}: {column} holds an integer that no float64 holds: expected numbers") from None
 
 
 def _cost(row: dict[str, Any], place: str) -> dict[str, Any]:
@@ -248,12 +251,9 @@ def _notes(
             f"{unknown[0]!r}, and were left out"
         )
     if missing := [rollout.id for rollout in rollouts if rollout.id not in values]:
-        notes.append(
-            f"{path}: {len(missing)} of {len(rollouts)} problems have no rewards, such as {missing[0]!r}: none of "
-            "their answers is picked"
-        )
+        notes.append(f"{path}: {len(missing)} of {len(rollouts)} problems have no rewards, such as {missing[0]!r}")
     if without := sum(math.isnan(value) for row in values.values() for value in row):
         total = sum(map(len, values.values()))
         why = f", {too_long} of them as they are too long for the reward model," if too_long else ""
-        notes.append(f"{path}: {without} of {total} answers have no reward{why} and are never picked")
+        notes.append(f"{path}: {without} of {total} answers have no reward{why} and are never picked by it")
     return notes

@@ -20,8 +20,8 @@ def vote(answers: Sequence[Sequence[str | None]], weights: Table | None = None) 
 
     Who has no answer, or NaN for a weight, has no vote.
     """
-    identities = [_numbered(row) for row in answers]
     heavy = [np.ones(len(row)) for row in answers] if weights is None else [np.asarray(row, float) for row in weights]
+    identities = [np.where(np.isnan(own), -1, _numbered(row)) for row, own in zip(answers, heavy, strict=True)]
 
     def chances(problem: int, subsets: np.ndarray) -> np.ndarray:
         members = identities[problem][subsets]

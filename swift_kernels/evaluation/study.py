@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class Cost:
     Attributes:
         seconds: as measured, where `what` says.
         flops: of the arithmetic, the language model's own apart.
+        answers: all candidates, equal ones too: the figures of an answer are shares of these.
     """
 
     what: str
@@ -97,7 +98,8 @@ class Transfer:
 
     Attributes:
         accuracy: of its picks among all answers.
-        difference: from the head of the task, paired by problem; None for that head itself.
+        difference: from the head of the task, paired by problem, p adjusted for the size of the table (Holm); None for
+            that head itself.
         auc: within-problem.
     """
 
@@ -169,6 +171,16 @@ def study_task(
     if sizes[0] == 1:
         notes.append("Some problem has a single answer: there is nothing to pick from")
     rules: dict[str, Selector] = {}
+    judged = None if rewards is None else [not all(map(math.isnan, row)) for row in rewards.values]
+    if judged is not None and not any(judged):
+        notes.append(f"{rewards.name if rewards else ''} has no reward for any answer: it is not compared")
+        rewards = judged = None
+    elif judged is not None and not all(judged):
+        notes.append(
+            f"The external reward and what it is combined in are judged on the {sum(judged)} of {len(judged)} problems "
+            "that have rewards"
+        )
+    has_answers = any(answer is not None for row in answers for answer in row)
     tables: dict[str, Table] = {} if rewards is None else {"reward": rewards.values}
     probabilities: dict[str, Table] = {}
     calibrations: dict[str, Calibration] = {}
@@ -178,14 +190,21 @@ def study_task(
         except ValueError as error:
             notes.append(f"{name} is not calibrated, and no vote is weighted by it: {error}")
         else:
-            rules[f"{name}_vote"] = selectors.vote(answers, probabilities[name])
+            if has_answers:
+                rules[f"{name}_vote"] = selectors.vote(answers, probabilities[name])
     weight = None
     if rewards is not None:
         rules["rank"] = selectors.combined(combine.rank_combination, scores, rewards.values)
         rules["min_max"] = selectors.combined(combine.min_max_mean, scores, rewards.values)
         weight = combine.fit_weight(scores, rewards.values, correct)
-        rules["weighted"] = _weighted(scores, rewards.values, correct, keys)
-    evaluation = evaluate(rollouts, scores, ns, tables=tables, rules=rules)
+        if len(set(keys)) > 1:
+            rules["weighted"] = _weighted(scores, rewards.values, correct, keys)
+        else:
+            notes.append("One problem: no weighted mean, whose weight would be fitted to it")
+    with_reward = {name: judged or [] for name in ("reward", "reward_vote", "rank", "min_max", "weighted")}
+    evaluation = evaluate(
+        rollouts, scores, ns, tables=tables, rules=rules, judged=with_reward if judged is not None else None
+    )
     belief = None
     if "swift" in probabilities:
         belief = _over_optimization(evaluation, scores, probabilities["swift"], correct)
@@ -210,6 +229,7 @@ def transfer(
     own: Sequence[int],
     data: Sequence[Sequence[Rollout]],
     scores: Sequence[Sequence[Table]],
+    ns: Sequence[int] | None = None,
 ) -> Transfer:
     """Compares heads across tasks.
 
@@ -217,30 +237,34 @@ def transfer(
         own: of each task, the head that was made for it.
         data: the rollouts of each task.
         scores: a list a head, a table a task.
+        ns: the largest of them is how many answers the heads pick from; by default all.
     """
     compared = [
-        compare(items, {str(head): tables[task] for head, tables in enumerate(scores)})
+        compare(items, {str(head): tables[task] for head, tables in enumerate(scores)}, ns)
         for task, items in enumerate(data)
     ]
+    differences = [
+        [
+            None if head == own[task] else found.difference(str(head), str(own[task]))
+            for task, found in enumerate(compared)
+        ]
+        for head in range(len(heads))
+    ]
+    gaps = [gap for row in differences for gap in row if gap is not None]
+    adjusted = iter(metrics.holm([gap.p for gap in gaps]))
     return Transfer(
         list(heads),
         list(tasks),
         [found.n for found in compared],
         [[found.accuracy(str(head)) for found in compared] for head in range(len(heads))],
-        [
-            [
-                None if head == own[task] else found.difference(str(head), str(own[task]))
-                for task, found in enumerate(compared)
-            ]
-            for head in range(len(heads))
-        ],
+        [[None if gap is None else replace(gap, p=next(adjusted)) for gap in row] for row in differences],
         [[found.auc(str(head)) for found in compared] for head in range(len(heads))],
     )
 
 
 def pairwise_loss(scores: Sequence[float], correct: Sequence[bool]) -> float:
     """Mean of -log sigmoid(right - wrong) over the pairs of a right and a wrong answer; NaN where there is none."""
-    known = [(score, grade) for score, grade in zip(scores, correct, strict=True) if not math.isnan(score)]
+    known = [(score, grade) for score, grade in zip(scores, correct, strict=True) if math.isfinite(score)]
     right, wrong = (np.array([score for score, grade in known if grade == side]) for side in (True, False))
     if not len(right) or not len(wrong):
         return math.nan
@@ -252,7 +276,7 @@ def _weighted(scores: Table, rewards: Table, correct: Sequence[Sequence[bool]], 
     parts = fold_of_problems(keys, min(FOLDS, len(set(keys))))
     weights = {}
     for part in set(parts):
-        others = [index for index, own in enumerate(parts) if own != part] or list(range(len(parts)))
+        others = [index for index, own in enumerate(parts) if own != part]
         weights[part] = combine.fit_weight(
             [scores[index] for index in others],
             [rewards[index] for index in others],
@@ -273,15 +297,19 @@ def _over_optimization(
 
     belief = {
         n: metrics.estimate(
-            [metrics.best_of_k(s, np.nan_to_num(p).tolist(), n) for s, p in zip(scores, probabilities, strict=True)]
+            [metrics.best_of_k(s, np.nan_to_num(p).tolist(), n) for s, p in zip(scores, probabilities, strict=True)],
+            shares=True,
         )
         for n in evaluation.accuracy
     }
-    peak = max(evaluation.accuracy, key=lambda n: evaluation.accuracy[n]["swift"].mean)
+    best = max(row["swift"].mean for row in evaluation.accuracy.values())
+    # The largest of those that are equal but for rounding.
+    peak = max(n for n, row in evaluation.accuracy.items() if row["swift"].mean > best - 1e-9)
     return OverOptimization(belief, peak, metrics.difference(wins(evaluation.n), wins(peak)))
 
 
 def _reward_cost(rewards: Rewards) -> Cost:
     cost = rewards.cost
     assert cost is not None
-    return Cost(f"{rewards.name}, {cost.device}", cost.parameters, cost.flops, cost.seconds, cost.answers)
+    answers = sum(map(len, rewards.values))
+    return Cost(f"{rewards.name}, {cost.device}", cost.parameters, cost.flops, cost.seconds, answers)

@@ -17,7 +17,9 @@ def percent(estimate: Estimate) -> str:
 
 
 def points(estimate: Estimate) -> str:
-    return f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+    # Rounded before the sign is set: -0.04 is +0.0.
+    mean, low, high = (round(100 * value, 1) + 0.0 for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def p_value(p: float) -> str:
@@ -34,7 +36,7 @@ def evaluation_facts(evaluation: Evaluation) -> list[str]:
             f"{evaluation.mixed_problems} of {evaluation.problems} problems with right and wrong answers"
         )
     if evaluation.unscored:
-        facts.append(f"{evaluation.unscored} of {evaluation.candidates} answers have no scored token; never chosen")
+        facts.append(f"{evaluation.unscored} of {evaluation.candidates} answers have no score; never chosen")
     return [*facts, *evaluation.notes]
 
 
@@ -58,16 +60,17 @@ def study_facts(study: TaskStudy) -> list[str]:
 def calibration_fact(found: Calibration) -> str:
     before, after, picks = found.before, found.after, found.picks
     return (
-        f"P(correct) = sigmoid(score / {found.scaling.temperature:.4g} {found.scaling.offset:+.4g}); on problems that "
-        f"did not fit it, ECE {before.ece:.3f} before, {after.ece:.3f} after, Brier score {before.brier.mean:.3f}, "
-        f"{after.brier.mean:.3f}; of the picks, ECE {picks.ece:.3f}"
+        f"P(correct) = sigmoid(score / {found.scaling.temperature:.4g} {found.scaling.offset:+.4g}), fitted to all "
+        f"problems; fitted in {found.folds} parts and judged on what each left out, ECE {before.ece:.3f} before, "
+        f"{after.ece:.3f} after, Brier score {before.brier.mean:.3f}, {after.brier.mean:.3f}; of the picks, ECE "
+        f"{picks.ece:.3f}"
     )
 
 
 def _abstention_facts(found: Calibration) -> list[str]:
     curves: list[tuple[str, Abstention | None]] = [
-        ("SWIFT's picks, answering the surest by P(correct)", found.abstention),
-        ("The vote's, answering the surest by their share", found.vote_abstention),
+        ("Among all answers, SWIFT's picks where only the surest by score are given", found.abstention),
+        ("The vote's, where only the surest by their share are given", found.vote_abstention),
     ]
     return [
         f"{name}: "
@@ -92,10 +95,10 @@ def _over_optimization_fact(study: TaskStudy) -> str:
     )
     if found.peak == n:
         return f"{text}; no smaller N is better"
-    return f"{text}; best at N={found.peak}, from there {points(found.fall)}, p {p_value(found.fall.p)}"
+    return f"{text}; best at N={found.peak}, from there {points(found.fall)}, p {p_value(found.fall.p)}, not adjusted"
 
 
 def _cost_fact(cost: Cost) -> str:
     seconds = "" if cost.seconds is None else f", {1e3 * cost.seconds / cost.answers:.3g} ms"
     flops = "" if cost.flops is None else f", {cost.flops / cost.answers:.3g} FLOPs"
-    return f"Cost of {cost.what}: {cost.parameters:,} parameters{flops}{seconds} an answer"
+    return f"Cost of {cost.what}: {cost.parameters:,} parameters; an answer of {cost.answers:,}{flops}{seconds}"

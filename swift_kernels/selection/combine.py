@@ -149,6 +149,8 @@ def _check_same_shape(name: str, first: NDArray, other: str, second: NDArray) ->
 
 def _min_max(values: Floats) -> Floats:
     finite = np.isfinite(values)
+    # Halved, so that the distance of huge values of opposite signs is finite.
+    values = values / 2
     low = np.where(finite, values, np.inf).min(axis=-1, keepdims=True, initial=np.inf)
     high = np.where(finite, values, -np.inf).max(axis=-1, keepdims=True, initial=-np.inf)
     spread = np.where(high > low, high - low, 1.0)

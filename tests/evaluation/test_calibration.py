@@ -149,3 +149,29 @@ def test_scaling_keeps_nan() -> None:
     assert math.isnan(first)
     assert second == 0.5
     assert calibration.picked([NAN, NAN], [NAN, NAN], [True, True])[1] == 0.0
+
+
+@pytest.mark.parametrize("problems", [40, 100])
+def test_a_head_that_knows_nothing_wins_nothing_by_abstaining(problems: int) -> None:
+    generator = np.random.default_rng(5)
+    gaps = []
+    for _ in range(60):
+        correct = generator.random((problems, 4)) < generator.beta(1, 1.5, size=problems)[:, None]
+        scores = generator.normal(size=correct.shape)
+        found, _ = calibrate(scores.tolist(), correct.tolist(), [str(index) for index in range(problems)])
+        gaps.append(found.abstention.accuracy[1].mean - found.abstention.accuracy[-1].mean)
+    # Within three standard errors of none.
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / math.sqrt(len(gaps))
+
+
+def test_a_part_without_which_there_is_one_kind_is_named() -> None:
+    correct = [[True, True]] * 9 + [[True, False]]
+    with pytest.raises(ValueError, match="without one part in 5 of the problems, all answers are right"):
+        calibrate([[1.0, 0.0]] * 10, correct, [str(index) for index in range(10)])
+
+
+@pytest.mark.parametrize("size", [1e160, 1e300], ids=str)
+def test_huge_scores_have_a_temperature_or_are_refused(size: float) -> None:
+    scores, correct = planted(40, 1.0, 0.0)
+    found = fit_scaling([[size * score for score in row] for row in scores], correct)
+    assert found.temperature == pytest.approx(size * fit_scaling(scores, correct).temperature, rel=1e-3)

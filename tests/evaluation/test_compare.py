@@ -44,7 +44,8 @@ def test_evaluate_compares_selectors_by_problem() -> None:
     assert list(result.accuracy) == [1, 2, 4]
     at_4 = {name: value.mean for name, value in result.accuracy[4].items()}
     # Four different answers tie in problem a; the two equal ones win in b.
-    assert at_4 == pytest.approx({"random": 1 / 4, "vote": 5 / 12, "length": 1 / 4, "swift": 2 / 3, "oracle": 2 / 3})
+    alike = {"random": 1 / 4, "length": 1 / 4, "longest": 1 / 4}
+    assert at_4 == pytest.approx({**alike, "vote": 5 / 12, "swift": 2 / 3, "oracle": 2 / 3})
     assert result.accuracy[1]["swift"].mean == pytest.approx(3 / 12)
     assert result.differences["swift - vote"].mean == pytest.approx((3 / 4) / 3)
     assert result.auc.mean == 1.0
@@ -123,7 +124,7 @@ def test_baseline_scores_are_means_over_tokens() -> None:
     assert scores["logprob"][0] == pytest.approx([-0.2, -0.3, -0.3])
     assert scores["self_certainty"][0] == pytest.approx([9.0, 8.0, 8.5])
     assert scores["length"][0] == [-2.0, -5.0, -2.0]
-    for name in ("length", "logprob", "self_certainty"):
+    for name in ("length", "longest", "logprob", "self_certainty"):
         assert [math.isnan(value) for value in scores[name][1]] == [True, False]
 
 
@@ -134,9 +135,9 @@ def test_what_is_not_recorded_is_not_compared() -> None:
     assert compare([bare], {}).notes == [f"No per-token confidence in these rollouts: {reason}"]
     partly = compare([RIGHT_IS_SURE, bare], {}, [1, 2])
     assert partly.notes == [f"No per-token confidence for 2 of 5 answers: {reason}"]
-    assert partly.selectors == ["random", "vote", "length", "oracle"]
+    assert partly.selectors == ["random", "vote", "length", "longest", "oracle"]
     without_ids = compare([text_alone], {})
-    assert without_ids.notes[0] == "No token ids in these rollouts: not compared with shortest answer"
+    assert without_ids.notes[0] == "No token ids in these rollouts: not compared with shortest answer and longest answer"
     assert without_ids.selectors == ["random", "vote", "oracle"]
 
 
@@ -146,7 +147,7 @@ def test_tables_against_each_other() -> None:
     flat = [[0.0] * len(row) for row in right]
     result = compare(problems[:2], {"right": right[:2], "flat": flat[:2]}, [1, 3])
     assert result.selectors == [
-        "random", "vote", "length", "logprob", "self_certainty", "right", "flat", "oracle"
+        "random", "vote", "length", "longest", "logprob", "self_certainty", "right", "flat", "oracle"
     ]  # fmt: skip
     assert result.values[3]["right"] == pytest.approx([1.0, 3 / 4])
     assert result.values[3]["flat"] == pytest.approx([1 / 3, 1 / 4])
@@ -179,7 +180,7 @@ def test_tables_that_do_not_fit_are_refused(tables: dict[str, list[list[float]]]
 def test_swift_is_compared_with_all_but_the_oracle() -> None:
     problems = [RIGHT_IS_SURE] * 40
     result = evaluate(problems, [[1.0, 0.0, 0.0]] * 40)
-    others = ["random", "vote", "length", "logprob", "self_certainty"]
+    others = ["random", "vote", "length", "longest", "logprob", "self_certainty"]
     assert list(result.accuracy[3]) == [*others, "swift", "oracle"]
     assert list(result.differences) == list(result.adjusted_p) == [f"swift - {name}" for name in others]
     assert all(result.adjusted_p[name] >= found.p for name, found in result.differences.items())

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -83,6 +84,21 @@ def test_markdown_names_pictures_that_are_there(study: Study, tmp_path: Path) ->
     assert len(named) == len(set(named)) == 5 + 2
     assert {f"r-pictures/{path.name}" for path in (tmp_path / "r-pictures").iterdir()} == set(named)
     assert all((tmp_path / name).read_text().startswith("<svg") for name in named)
+
+
+def test_names_are_shown_as_they_are_in_markdown(task: TaskStudy, tmp_path: Path) -> None:
+    own = replace(task, task="a|b <i>\n# c* " + "x" * 300)
+    report.write_markdown(Study("m", [own], None, 1.0), tmp_path / "my report (1).md")
+    text = (tmp_path / "my report (1).md").read_text()
+    assert "## a\\|b \\<i\\> \\# c\\* x" in text
+    named = re.findall(r"\]\(([^)]+)\)", text)
+    assert named
+    assert all((tmp_path / unquote(name)).is_file() for name in named)
+
+
+def test_a_damaged_ablation_is_refused(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(report.ReportError, match="the ablation is damaged"):
+        report.write_html(study, tmp_path / "r.html", {**ABLATION, "results": [{}]})
 
 
 def test_the_same_figures_give_the_same_page(study: Study, tmp_path: Path) -> None:

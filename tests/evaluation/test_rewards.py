@@ -79,7 +79,7 @@ class TestReading:
         assert rewards.cost == RewardCost(parameters=7, seconds=1.5, tokens=30, flops=3000, device="cpu", answers=6)
         assert rewards.notes == [
             f"{path}: 2 of 8 answers have no reward, 1 of them as they are too long for the reward model, and are "
-            "never picked"
+            "never picked by it"
         ]
 
     def test_the_cost_is_that_of_the_problems_asked_for(self, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ class TestReading:
         rewards = read_rewards(path, ROLLOUTS)
         assert (rewards.name, rewards.cost) == ("mine", None)
         assert_values(rewards, [[NAN] * 3, [0.5, NAN], [1, 2, -math.inf]])
-        assert rewards.notes == [f"{path}: 4 of 8 answers have no reward and are never picked"]
+        assert rewards.notes == [f"{path}: 4 of 8 answers have no reward and are never picked by it"]
 
     def test_another_column(self, tmp_path: Path) -> None:
         path = lines(tmp_path / "r.jsonl", {"id": "b", "helpful": [1, 2], "rewards": "none"})
@@ -107,7 +107,7 @@ class TestReading:
         assert_values(rewards, [[NAN] * 3, [1, 2], [NAN] * 3])
         assert rewards.notes == [
             f"{path}: 2 of 3 lines are of problems that are not in the rollouts, such as 'x', and were left out",
-            f"{path}: 2 of 3 problems have no rewards, such as 'a': none of their answers is picked",
+            f"{path}: 2 of 3 problems have no rewards, such as 'a'",
         ]
 
     @pytest.mark.parametrize(

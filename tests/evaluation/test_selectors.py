@@ -37,12 +37,12 @@ def vote(weights: Sequence[float]) -> Pick:
     def pick(subset: Sequence[int]) -> dict[int, Fraction]:
         votes: Counter[str] = Counter()
         for index in subset:
-            if ANSWERS[index] is not None:
-                votes[ANSWERS[index]] += 0 if math.isnan(weights[index]) else weights[index]
+            if ANSWERS[index] is not None and not math.isnan(weights[index]):
+                votes[ANSWERS[index]] += weights[index]
         winners = [answer for answer, count in votes.items() if count == max(votes.values())]
         chances = {}
         for answer in winners:
-            holders = [index for index in subset if ANSWERS[index] == answer]
+            holders = [i for i in subset if ANSWERS[i] == answer and not math.isnan(weights[i])]
             chances |= {index: Fraction(1, len(winners) * len(holders)) for index in holders}
         return chances
 
@@ -111,10 +111,11 @@ def test_a_rule_is_the_mean_over_subsets(name: str, k: int) -> None:
     assert metrics.picked_at_k(partial(rule, 0), CORRECT, k) == pytest.approx(brute_force(pick, k), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["none", "nan"])
+@pytest.mark.parametrize("name", ["none", "nan", "no-vote"])
 def test_nothing_to_pick_is_never_right(name: str) -> None:
     rule = {
         "none": selectors.vote([[None, None]]),
+        "no-vote": selectors.vote([["1", "2"]], [[NAN, NAN]]),
         "nan": selectors.combined(combine.min_max_mean, [[NAN, NAN]], [[1.0, 2.0]]),
     }[name]
     assert metrics.picked_at_k(partial(rule, 0), [True, True], 2) == 0

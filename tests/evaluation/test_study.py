@@ -57,6 +57,7 @@ def test_without_a_reward_there_are_all_selectors_that_need_none() -> None:
         "random",
         "vote",
         "length",
+        "longest",
         "swift",
         "swift_vote",
         "oracle",
@@ -171,6 +172,44 @@ def test_answers_without_a_score_are_never_picked() -> None:
     assert found.evaluation.unscored == 9
     assert found.calibration is not None
     assert sum(each.count for each in found.calibration.after.bins) == 20 * 8 - 9
+
+
+def test_without_answers_there_is_no_vote() -> None:
+    rollouts = [replace(r, candidates=[replace(c, answer=None) for c in r.candidates]) for r in make_rollouts(20)]
+    found = make_study(rewards=True, rollouts=rollouts)
+    assert not {"vote", "swift_vote", "reward_vote"} & set(found.evaluation.accuracy[8])
+    assert "swift - vote" not in found.evaluation.differences
+    assert found.calibration is not None
+    assert found.calibration.vote_abstention is None
+    assert any("not compared with majority vote" in note for note in found.evaluation.notes)
+
+
+def test_a_reward_is_judged_where_there_is_one() -> None:
+    rollouts = make_rollouts(40)
+    truth = [[float(c.correct) for c in rollout.candidates] for rollout in rollouts]
+    values = [row if index < 30 else [NAN] * 8 for index, row in enumerate(truth)]
+    rewards = Rewards("judge", values, [], None)
+    found = study_task(rollouts, noisy(rollouts, 0.8, 1), task="t", file="f", head="h", cost=COST, rewards=rewards)
+    last = found.evaluation.accuracy[8]
+    whole = study_task(rollouts[:30], truth[:30], task="t", file="f", head="h", cost=COST).evaluation.accuracy[8]
+    assert last["reward"].mean == pytest.approx(whole["oracle"].mean)
+    assert last["swift"].mean != pytest.approx(0)
+    assert any("judged on the 30 of 40 problems" in note for note in found.notes)
+
+
+def test_rewards_of_nothing_are_left_out() -> None:
+    rollouts = make_rollouts(10)
+    rewards = Rewards("judge", [[NAN] * 8] * 10, [], RewardCost(10, 0.1, 0, 0, "cpu", 0))
+    found = study_task(rollouts, noisy(rollouts, 0.8, 1), task="t", file="f", head="h", cost=COST, rewards=rewards)
+    assert "reward" not in found.evaluation.accuracy[8]
+    assert found.reward is None
+    assert any("judge has no reward for any answer" in note for note in found.notes)
+
+
+def test_transfer_picks_among_as_many_as_the_tables_do() -> None:
+    rollouts = make_rollouts(10)
+    found = transfer(["a", "b"], ["x"], [0], [rollouts], [[noisy(rollouts, 1.0, s)] for s in (1, 2)], [1, 4])
+    assert found.n == [4]
 
 
 def test_transfer_compares_with_the_tasks_own_head() -> None:
