@@ -137,7 +137,8 @@ def test_what_is_not_recorded_is_not_compared() -> None:
     assert partly.notes == [f"No per-token confidence for 2 of 5 answers: {reason}"]
     assert partly.selectors == ["random", "vote", "length", "longest", "oracle"]
     without_ids = compare([text_alone], {})
-    assert without_ids.notes[0] == "No token ids in these rollouts: not compared with shortest answer and longest answer"
+    lengths = "not compared with shortest answer and longest answer"
+    assert without_ids.notes[0] == f"No token ids in these rollouts: {lengths}"
     assert without_ids.selectors == ["random", "vote", "oracle"]
 
 
