@@ -38,9 +38,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def check_replaceable(path: str | os.PathLike[str]) -> Path:
-    """Raises where `replacing` would refuse a path, before the work whose result it is for; the path, resolved."""
+def check_replaceable(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
+    """Raises where `replacing` would refuse a path or destroy a source, before the work is done; the path, resolved."""
     target = Path(path).resolve()
+    for source in sources:
+        if target == Path(source).resolve():
+            raise ValueError(f"{path} is what is read: expected another file for what is written")
     if target.is_dir():
         raise ValueError(f"{path} is a folder: expected a file")
     if target.exists() and not target.is_file():

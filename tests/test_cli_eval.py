@@ -171,6 +171,16 @@ BAD: dict[str, tuple[Callable[[Made, list[Path], Path], list[object]], str]] = {
         lambda made, heads, tmp: [made.rollouts, "--head", heads[0], "--store", made.store, "--n", "9"],
         "n is 9: expected 1..4",
     ),
+    "itself": (
+        lambda made, heads, tmp: [
+            *(made.rollouts, "--head", heads[0], "--store", made.store, "--output", made.rollouts),
+        ],
+        "is what is read: expected another file",
+    ),
+    "device-file": (
+        lambda made, heads, tmp: [made.rollouts, "--head", heads[0], "--store", made.store, "--output", "/dev/null"],
+        "is no regular file",
+    ),
     "folder": (
         lambda made, heads, tmp: [made.rollouts, "--head", heads[0], "--store", made.store, "--output", tmp],
         "is a folder: expected a file",
@@ -297,8 +307,9 @@ class TestReport:
             (["E", "--output", "r.pdf"], "ends in '.pdf': expected .html or .md"),
             (["nowhere.json", "--output", "r.html"], "nowhere.json"),
             (["E", "--output", "r.html"], "is no evaluation"),
+            (["E", "--output", "E/r.html"], "which is a file: expected a folder"),
         ],
-        ids=["suffix", "missing", "other"],
+        ids=["suffix", "missing", "other", "in-a-file"],
     )
     def test_bad_input_gets_one_line(self, capsys: Capture, tmp_path: Path, arguments: list[str], message: str) -> None:
         (tmp_path / "E").write_text("{}")

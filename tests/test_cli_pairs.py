@@ -69,6 +69,15 @@ def test_problems_and_seed_choose_the_pairs(
     assert ids("--seed", 1) != train
 
 
+def test_the_data_are_not_replaced_by_what_is_made_of_them(
+    capsys: pytest.CaptureFixture[str], preferences: str
+) -> None:
+    source = Path(preferences.split(":", 2)[2])
+    before = source.read_bytes()
+    assert_refused(run(capsys, "pairs", "--task", preferences, "--output", source), "is what is read")
+    assert source.read_bytes() == before
+
+
 def test_train_learns_the_preference_and_eval_measures_the_win_rate(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path, preferences: str
 ) -> None:

@@ -65,7 +65,7 @@ def evaluate_(
     if reward_column != "rewards" and not reward:
         raise ValueError(f"--reward-column is {reward_column!r}: it says where the lines of --reward have them")
     if output is not None:
-        check_replaceable(output)
+        check_replaceable(output, *rollouts, *(reward or []))
     contents = _read(rollouts, store, model)
     for content in contents:
         check_ns(content.rollouts, ns)
@@ -327,7 +327,7 @@ def report(
 
     if output.suffix not in (".html", ".md"):
         raise ValueError(f"--output {output} ends in {output.suffix!r}: expected .html or .md")
-    check_replaceable(output)
+    check_replaceable(output, evaluation, *([] if ablation is None else [ablation]))
     found = reports.read(evaluation)
     scaling = None if ablation is None else reports.read_ablation(ablation)
     write = reports.write_html if output.suffix == ".html" else reports.write_markdown

@@ -70,8 +70,7 @@ def inspect(
         _at_least("--show", show, 1)
         if problems is not None:
             raise ValueError("--problems says which problems are shown, --show how many: give one of them")
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
+    files.check_replaceable(output, rollouts)
     content = read(rollouts)
     chosen = (
         inspections.choose_problems(content.rollouts, 3 if show is None else show)

@@ -30,9 +30,9 @@ def pairs(
     from swift_kernels.evaluation.tasks import get_pairs
     from swift_kernels.training.rollouts import Response, Rollout, RolloutWriter
 
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
     chosen = get_pairs(task)
+    # What stands after the name and the aspect is a file.
+    files.check_replaceable(output, *task.split(":", 2)[2:])
     wanted = chosen.problems(split, problems, seed)
     header = {"task": chosen.name, "split": split, "chat": chosen.chat, "seed": seed}
     with files.replacing(output) as temporary, RolloutWriter(temporary, header) as writer:

@@ -55,8 +55,8 @@ def ablate(
     from swift_kernels.training.train import check_disjoint
 
     _at_least("--seeds", seeds, 1)
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
+    if output is not None:
+        files.check_replaceable(output, rollouts, test)
     ns = None if n is None else _parse_integers("--n", n)
     base = get_recipe(recipe, epochs=epochs)
     train_file, test_file = read(rollouts), read(test)

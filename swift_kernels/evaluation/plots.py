@@ -176,7 +176,7 @@ def transfer(found: Transfer, pyplot: Any) -> Any:
     # Colours compare heads on one task, 30 points from light to dark: tasks differ in how hard they are.
     shade = 1 - (values.max(axis=0) - values) / 30
     figure, axis = pyplot.subplots(figsize=(2.6 + 2.4 * len(tasks), 1.6 + 0.7 * len(heads)))
-    axis.imshow(shade, cmap="Blues", vmin=-0.3, vmax=1.6, aspect="auto")
+    axis.imshow(shade, cmap="Blues", vmin=-0.2, vmax=1.9, aspect="auto")
     for row in range(len(heads)):
         for column in range(len(tasks)):
             cell, own = found.accuracy[row][column], found.difference[row][column] is None
@@ -245,7 +245,9 @@ def _interval(axis: Any, place: float, estimate: Estimate, colour: str) -> None:
 
 def _powers(axis: Any, ns: Sequence[int]) -> None:
     axis.set_xscale("log", base=2)
-    axis.set_xticks(list(ns), [f"{n:,}" for n in ns])
+    # Labels of neighbours that are nearly equal would cover each other.
+    shown = [n for n, following in zip(ns, [*ns[1:], None], strict=True) if following is None or following > 1.4 * n]
+    axis.set_xticks(shown, [f"{n:,}" for n in shown])
     axis.minorticks_off()
 
 

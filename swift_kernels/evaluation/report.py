@@ -57,7 +57,7 @@ def read(path: Path) -> Study:
 def read_ablation(path: Path) -> dict[str, Any]:
     """What `swift-kernels ablate --output` wrote."""
     found = with_nan(_read_object(path))
-    if missing := sorted({"results", "baselines", "train_problems", "test_problems", "task"}.difference(found)):
+    if missing := sorted({"results", "baselines", "train_problems", "test_problems"}.difference(found)):
         raise ReportError(f"{path} has no {missing[0]!r}: expected a file of `swift-kernels ablate --output`")
     return found
 
@@ -137,7 +137,8 @@ def _sections(study: Study, ablation: Mapping[str, Any] | None, pyplot: Any) -> 
         else:
             caption = "Accuracy and AUC against the number of training problems; bands are 95% intervals over both."
             pictures = [Picture.of("training-problems", caption, figure)]
-        sections.append(Section(f"Training problems: {ablation['task']}", facts, [], None, pictures))
+        what = ablation.get("task") or ablation.get("title") or "no task is named"
+        sections.append(Section(f"Training problems: {what}", facts, [], None, pictures))
     return sections
 
 
