@@ -108,7 +108,7 @@ def test_train_learns_the_preference_and_eval_measures_the_win_rate(
         ({"split": "half"}, "split is 'half': expected one of train, test, all"),
         ({"problems": "0"}, "the number of problems is 0: expected at least 1"),
         ({"problems": "9"}, "has 3 distinct problems in split 'all', 9 are asked for"),
-        ({"output": "."}, "--output . is a folder: expected a file"),
+        ({"output": "."}, ". is a folder: expected a file"),
     ],
     ids=["generated", "no aspect", "no file", "split", "none", "too many", "folder"],
 )
