@@ -109,7 +109,7 @@ def test_a_variant_is_a_fit_of_its_own(data: tuple[Any, ...]) -> None:
             mean = sum(each.accuracy[n]["swift"].mean for each in alone) / 2
             assert own.accuracy[n].mean == pytest.approx(mean, abs=1e-9)
     assert result.baselines["oracle"][3].mean == 1
-    assert {"random", "vote", "length", "logprob", "self_certainty"} == set(result.leads)
+    assert {"random", "vote", "length", "longest", "logprob", "self_certainty"} == set(result.leads)
 
 
 def test_fewer_problems_are_among_more(data: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
