@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
-from swift_kernels.evaluation.math_units import canonical_unit
+from swift_kernels.evaluation.math_units import canonical_unit, multiplied, things
 
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\{?)|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"[^\s$\\{},]+")
@@ -33,6 +33,7 @@ class Node:
         value: a leaf's exact value where it is a number; `decimal` says that it was written with a point.
         percent: whether a percent sign followed.
         unit: canonical, None where there is none or it is not in the table of units.
+        things: what words say is measured or counted, units among them.
         base: of a number such as 52_8.
         word: a leaf that is no mathematics but a word, or the letter of a choice.
     """
@@ -46,12 +47,13 @@ class Node:
     decimal: bool = False
     percent: bool = False
     unit: str | None = None
+    things: frozenset[str] = frozenset()
     base: str | None = None
     word: str | None = None
 
 
 def marked_answer(text: str) -> str | None:
-    """What the response itself marks as its answer: the last box, or what follows the last `####`.
+    """What the response itself marks as its answer: the last box, or what follows GSM8K's `####`.
 
     None if nothing is marked; empty if the only box was cut off before its end.
     """
@@ -77,9 +79,31 @@ def marked_answer(text: str) -> str | None:
         return ", ".join(dict.fromkeys(content for _, _, content in joined))
     if any(opened):
         return ""
-    marked = text.rpartition("####")
-    line = marked[2].strip().partition("\n")[0] if marked[1] else ""
-    return line.strip() or None
+    return _after_marker(text)
+
+
+_MARKER = re.compile(r"#{4,}([^\n]*)")
+_ANNOUNCED = re.compile(
+    r"[\s*_]*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer\b[\s*_]*(?:is\b)?[\s*_:=]*",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"[*_]*(?:\d+[.)][*_]*\s+[^\W\d_]|(?:[^\W\d_]{2,}['\w-]*[\s:]+)+(?![=\s]))")
+
+
+def _after_marker(text: str) -> str | None:
+    """What follows the last `####` that GSM8K's mark is: headings of Markdown begin so too."""
+    for marker in reversed(list(_MARKER.finditer(text))):
+        line = marker[1].strip()
+        # The answer may also stand below its mark.
+        line = line or text[marker.end() :].strip().partition("\n")[0].strip().lstrip("#")
+        if announced := _ANNOUNCED.match(line):
+            line = re.sub(r"[*_]+$", "", line[announced.end() :])
+        last = not text[marker.end() :].strip()
+        words_only = re.search(r"[\d\\$=]|^\W*[a-zA-Z]\W*$", line) is None
+        # What ends the response is the heading of nothing: an answer in words.
+        if line and (last or not (words_only or _HEADING.match(line))):
+            return line
+    return None
 
 
 _CHARACTERS = str.maketrans(
@@ -293,6 +317,10 @@ def _leaf(text: str) -> Node:
         leaf = replace(leaf, text=money[1] + text[money.end() :], unit="dollar")
     leaf = replace(leaf, text=leaf.text.replace("\\$", "").replace("$", "").strip())
     leaf = _without_unit(leaf)
+    if leaf.word:
+        return leaf
+    if unit := leaf.unit or (leaf.percent and "percent"):
+        leaf = replace(leaf, things=leaf.things | things(unit))
     value, decimal = number(leaf.text)
     return replace(leaf, value=value, decimal=decimal)
 
@@ -316,13 +344,31 @@ def _without_unit(leaf: Node) -> Node:
     if degrees := _DEGREES.fullmatch(text):
         return replace(leaf, text=degrees[1], unit="degree")
     if unit := _UNIT_IN_TEXT.fullmatch(text):
-        return replace(leaf, text=unit[1], unit=canonical_unit(unit[2], unit[3]) or leaf.unit)
+        return _measured(leaf, unit[1], unit[2], unit[3])
     if (unit := _UNIT_IN_WORDS.fullmatch(text)) and (value := unit[1].strip()):
-        phrase, known = unit[3].strip(), canonical_unit(unit[3], unit[4])
+        phrase = unit[3].strip()
         # One letter may be a variable: 5m is a product, 5 m a length.
-        if ((known and (len(phrase) > 1 or unit[2])) or len(phrase) > 3) and number(value)[0] is not None:
-            return replace(leaf, text=value, unit=known or leaf.unit)
+        known = canonical_unit(phrase, unit[4]) and (len(phrase) > 1 or unit[2])
+        words = len(phrase) > 3 and max(map(len, phrase.split())) > 1
+        if (known or words) and number(value)[0] is not None:
+            return _measured(leaf, value, phrase, unit[4])
     return leaf
+
+
+def _measured(leaf: Node, text: str, phrase: str, power: str | None) -> Node:
+    """A leaf whose words are split into what multiplies `text` and what it counts or measures."""
+    unit = canonical_unit(phrase, power)
+    read = (Fraction(1), phrase) if unit else multiplied(phrase)
+    value = number(text)[0]
+    if read is None or (read[0] != 1 and value is None):
+        # No unit to be dropped: it equals only what says the same.
+        return replace(leaf, word=" ".join(_TEXT.sub(r" \1 ", leaf.text).casefold().split()))
+    factor, phrase = read
+    if factor != 1 and value is not None:
+        value *= factor
+        text = str(value.numerator) if value.denominator == 1 else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+    unit = unit or canonical_unit(phrase, power) or leaf.unit
+    return replace(leaf, text=text, unit=unit, things=things(phrase))
 
 
 _DIGITS = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+|\d+\.)"

@@ -135,7 +135,7 @@ def _equal_leaves(reference: Node, found: Node) -> bool:
         bases = {reference.base, found.base} - {None}
         return len(bases) == 1 and _plain(reference) == _plain(found)
     said = {leaf.unit or (leaf.percent and "percent") for leaf in (reference, found)} - {None, False}
-    if len(said) > 1:
+    if len(said) > 1 or (reference.things and found.things and not reference.things & found.things):
         return False
     if reference.value is not None and found.value is not None:
         return _equal_numbers(reference, found)

@@ -77,6 +77,13 @@ p - q | -q+p | p-q
 \frac{20000}{\pi} | 20000/\pi | \frac{1}{\pi}\cdot 20000
 \frac{11+9a}{20} | \frac{9a}{20}+\frac{11}{20} | (11+9a)/20
 \emptyset | \varnothing | \{\}
+5000000 | 5\text{ million} | 5 million | \$5 million | 5 million dollars | 5{,}000\text{ thousand}
+\$2,500,000 | \$2.5\text{ million} | 2.5 million dollars | 2.5\times10^6
+60 | 5\text{ dozen} | 5 dozen eggs
+\frac{5}{2} | 5 halves | 25 tenths | 250\text{ hundredths}
+5 | 5 times | 5 units squared | 5 dollars less | 5 apples more
+18 \text{ apples} | 18 apples | 18 red apples | 18 apples per day | 18 | 18 units
+5 \text{ people} | 5 persons | 5
 """
 
 NEAR_MISSES = r"""
@@ -130,6 +137,12 @@ p - q | q-p | p+q | pq | p
 288 \pi | 288 | 144\pi | 288\pi^2 | \frac{288}{\pi}
 \frac{11+9a}{20} | \frac{11+9b}{20} | \frac{9+11a}{20} | \frac{11+9a}{10}
 \emptyset | 0 | \{0\} | \{1\}
+5 | 5 thousand | 5\text{ million} | 5 hundred | 5 halves | 5 tenths | 5 squared | 5\text{ cubed} | 5 factorial | 5 plus
+5 | 5 minus x | 5 more than x | 5 less than | 5\text{ or more} | 5 or more | 5 at least | 5\text{ dozen} | 5 times x
+5 | 5 doubled | 5 thousand five hundred | 5 x y z | 5 sin x | 5 apples more than x
+25 | 5 squared | 5\text{ squared}
+18 \text{ apples} | 18 oranges | 18 cm | 17 apples | \$18 | 18\%
+5 cm | 5 apples | 5 m
 """
 
 
