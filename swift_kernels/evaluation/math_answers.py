@@ -52,11 +52,24 @@ class Node:
     word: str | None = None
 
 
+def boxed(text: str) -> str | None:
+    """The content of the last box that is closed, and of those that nothing but "or" and the like parts from it."""
+    return _boxes(text)[0]
+
+
 def marked_answer(text: str) -> str | None:
     """What the response itself marks as its answer: the last box, or what follows GSM8K's `####`.
 
     None if nothing is marked; empty if the only box was cut off before its end.
     """
+    content, cut_off = _boxes(text)
+    if content is not None:
+        return content
+    return "" if cut_off else _after_marker(text)
+
+
+def _boxes(text: str) -> tuple[str | None, bool]:
+    """The boxed answer, and whether a box was left open."""
     opened: list[tuple[int, int] | None] = []
     boxes: list[tuple[int, int, str]] = []
     for token in _BOX_TOKENS.finditer(text) if "\\boxed" in text or "\\fbox" in text else ():
@@ -72,14 +85,12 @@ def marked_answer(text: str) -> str | None:
             within = boxes and boxes[-1][0] > box[0]
             if content and not within:
                 boxes.append((box[0], token.end(), content))
-    if boxes:
-        joined = [boxes.pop()]
-        while boxes and _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], joined[0][0]):
-            joined.insert(0, boxes.pop())
-        return ", ".join(dict.fromkeys(content for _, _, content in joined))
-    if any(opened):
-        return ""
-    return _after_marker(text)
+    if not boxes:
+        return None, any(opened)
+    joined = [boxes.pop()]
+    while boxes and _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], joined[0][0]):
+        joined.append(boxes.pop())
+    return ", ".join(dict.fromkeys(content for _, _, content in reversed(joined))), any(opened)
 
 
 _MARKER = re.compile(r"#{4,}([^\n]*)")

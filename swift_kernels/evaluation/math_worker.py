@@ -66,7 +66,9 @@ def equal(reference: Node, found: Node) -> bool:
     for one, other in ((reference, found), (found, reference)):
         # The same number in two boxes, as a fraction and as a decimal, is one answer.
         if one.kind in ("list", "set") and other.kind == "leaf" and one.items:
-            return all(equal(item, other) if one is reference else equal(other, item) for item in one.items)
+            # 5 cm and 5 m both equal 5, but not each other.
+            alike = all(equal(one.items[0], item) for item in one.items[1:])
+            return alike and all(equal(item, other) if one is reference else equal(other, item) for item in one.items)
     kinds = {reference.kind, found.kind}
     # Of a union, the parts may also come as inequalities: x < 2 or x > 3.
     if kinds <= {"list", "set"} or kinds == {"union"} or kinds == {"union", "list"}:

@@ -143,6 +143,8 @@ p - q | q-p | p+q | pq | p
 25 | 5 squared | 5\text{ squared}
 18 \text{ apples} | 18 oranges | 18 cm | 17 apples | \$18 | 18\%
 5 cm | 5 apples | 5 m
+5 | 5 cm, 5 m | 5 apples, 5 oranges
+6 | 6_7, 6_8
 """
 
 

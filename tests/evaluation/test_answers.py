@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from swift_kernels.evaluation.tasks.answers import boxed, choice, yes_or_no
+from swift_kernels.evaluation.math_answers import boxed
+from swift_kernels.evaluation.tasks.answers import choice, yes_or_no
 
 OPTIONS = ("a car", "21 km", "$\\frac{1}{2}$", "True", "true")
 
@@ -102,6 +105,9 @@ def test_choice(text: str, letter: str) -> None:
         r"\boxed{F}",
         r"\boxed{42}",
         r"\boxed{TRUE}",
+        r"The answer is (A). \boxed{(A) or (B)}",
+        r"\boxed{A, B}",
+        r"\boxed{A} or \boxed{B}",
         "A) a car\nB) 21 km",
         "A. That was easy",
         "I think that A",
@@ -139,8 +145,29 @@ def test_letters_alone_are_found_where_the_options_are_not_known() -> None:
         ("There is no way to know it", None),
         (r"\boxed{heads}", None),
         ("Yes or no?\nHeads.", None),
+        (r"\boxed{Yes or No}", None),
+        (r"\boxed{\text{yes/no}}", None),
+        ("The answer is yes or no.", None),
+        ("The answer is yes. No flip undoes it.", "yes"),
         ("", None),
     ],
 )
 def test_yes_or_no(text: str, answer: str | None) -> None:
     assert yes_or_no(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(one * 4000 for one in ("\\boxed{", "\\boxed ", "answer is ", "the answer is A or ", "**a ", "\\text{", "(A")),
+        "\\text{" * 4000 + "}" * 4000,
+        "\\boxed{" + "\\text{" * 4000 + "}" * 4001,
+        "answer is: yes\n" * 4000,
+    ],
+    ids=[*("boxes", "bare", "statements", "letters", "bold", "fonts", "brackets"), *("nested", "in a box", "lines")],
+)
+def test_no_text_takes_long(text: str) -> None:
+    begin = time.monotonic()
+    choice(text, OPTIONS)
+    yes_or_no(text)
+    assert time.monotonic() - begin < 1

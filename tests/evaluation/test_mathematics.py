@@ -17,10 +17,11 @@ def test_reads_problem_or_question(tmp_path: Path) -> None:
         {"question": "3+3?", "answer": "add them\n#### 6"},
         {"question": "4+4?", "answer": 8},
         {"question": " 2+2? ", "answer": "4"},
+        {"question": "4+5?", "answer": "It is \\boxed{9}, of course."},
     ]
     task = get_task(f"jsonl:{write_lines(tmp_path / 'p.jsonl', rows)}")
     problems = sorted(task.problems("all", None), key=lambda problem: problem.question.strip())
-    assert [problem.answer for problem in problems] == ["4", "6", "8"]
+    assert [problem.answer for problem in problems] == ["4", "6", "8", "9"]
     assert task.grade("it is \\boxed{6}", problems[1])
     assert task.extract("it is \\boxed{6}") == "6"
 
@@ -34,8 +35,11 @@ def test_reads_problem_or_question(tmp_path: Path) -> None:
         ('{"problem": "2+2?"}', r"p\.jsonl:2: no 'answer'"),
         ('{"problem": "2+2?", "answer": ["4"]}', r"p\.jsonl:2: no 'answer'"),
         ('{"problem": "", "answer": "4"}', r"p\.jsonl:2: no 'problem'"),
+        ('{"problem": "2+2?", "answer": "so it is #### "}', r"p\.jsonl:2: nothing after '####'"),
+        ('{"problem": "2+2?", "answer": NaN}', r"p\.jsonl:2: 'answer' is nan"),
+        ('{"problem": "2+2?", "answer": -Infinity}', r"p\.jsonl:2: 'answer' is -inf"),
     ],
-    ids=["json", "list", "no-problem", "no-answer", "odd-answer", "empty-problem"],
+    ids=["json", "list", "no-problem", "no-answer", "odd-answer", "empty-problem", "no-mark", "nan", "infinity"],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = write_lines(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, line])
@@ -91,3 +95,11 @@ def test_thousands_of_gsm8k(gsm8k: Task, response: str, right: bool) -> None:
     problem = next(problem for problem in gsm8k.problems("all", None) if "town" in problem.question)
     assert problem.answer == "1250"
     assert gsm8k.grade(response, problem) is right
+
+
+def test_a_solution_with_several_boxes_is_right_for_itself(tmp_path: Path) -> None:
+    solution = "So $x=\\boxed{1}$ or $\\boxed{2}$."
+    task = get_task(f"math:{write_lines(tmp_path / 'p.jsonl', [{'problem': 'x?', 'solution': solution}])}")
+    (problem,) = task.problems("all", None)
+    assert problem.answer == "1, 2"
+    assert task.grade(solution, problem)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from string import ascii_uppercase
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+from swift_kernels.evaluation.math_answers import boxed
+
+TAIL = 4_000
+"""Characters at the end of a response in which statements are looked for, and of a box that names an option: the
+patterns take time by the square of their text."""
+STATEMENTS = 20
+"""Of what a response states to be its answer, so much is looked at, from its end."""
+
 _FONTS = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathtt|operatorname)\s*\{([^{}]*)\}")
 _STATEMENT = re.compile(
     r"\b(?:answer|option|choice|continuation|ending)s?\b"
@@ -17,29 +25,10 @@ _STATEMENT = re.compile(
 # What may follow "the answer is A" for A to be no article, and for a small letter to be no word.
 _ENDED = re.compile(r"\s*$|[)\].:,;\"'$`}!]|\s*[-\u2013\u2014(=]|\s+(?:because|since|as|with|which)\b")
 _ANOTHER = re.compile(r"[)\]]?\s*(?:,|/|\bor\b|\band\b)\s*(?:or\s+|and\s+)?[(\[]?[A-Z]\b")
-_BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])")  # 2**2 is none
+_BOLD = re.compile(r"(?<![\w*])\*\*(?=\S)(.{1,400}?)(?<=\S)\*\*(?![\w*])")  # 2**2 is none
+_BOTH = re.compile(r"\W*(?:yes|no)(?:\s+(?:or|and)\s+|\s*/\s*)\W*(?:yes|no)\b", re.IGNORECASE)
+_SEVERAL = re.compile(r"[(\[]?[A-Z]\b")
 _LISTED = re.compile(r"\W*[A-Z][).:]\s")
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} or \fbox{...} that is closed; TeX also takes "\boxed 3"."""
-    for match in reversed(list(_BOX.finditer(text))):
-        content = _argument(text[match.end() :])
-        if content is not None:
-            return content.strip()
-    return None
-
-
-def _argument(text: str) -> str | None:
-    if not text.startswith("{"):
-        bare = re.match(r"[^\s${}\\]+", text)
-        return bare[0].rstrip(".,;") if bare else None
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text, flags=re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0 and match[0] == "}":
-            return text[1 : match.start()]
-    return None
 
 
 def plain(text: str) -> str:
@@ -55,12 +44,16 @@ def choice(text: str, options: Sequence[str] | None = None) -> str | None:
 
     It is looked for in the last box, then in statements such as "the answer is (B)", the last one first, then in the
     last line alone. An option may be named by its letter or, where `options` are known, by its whole text. The article
-    "a" is no letter, and of "B or C" neither is meant.
+    "a" is no letter, and of "B or C" neither is meant: a box that holds both leaves no answer.
     """
     letters = ascii_uppercase if options is None else ascii_uppercase[: len(options)]
     content = boxed(text)
-    if content is not None and (letter := _in_box(content, letters, options)):
-        return letter
+    if content is not None and len(content) <= TAIL:
+        if letter := _in_box(content, letters, options):
+            return letter
+        if _several(plain(content)):
+            return None
+    text = text[-TAIL:]
     for statement in _statements(text):
         if letter := _stated(statement, letters, options):
             return letter
@@ -71,8 +64,11 @@ def choice(text: str, options: Sequence[str] | None = None) -> str | None:
 def yes_or_no(text: str) -> str | None:
     """ "yes" or "no", looked for as `choice` does, or None."""
     content = boxed(text)
-    starts = [] if content is None else [plain(content)]
+    starts = [] if content is None else [plain(content[:TAIL])]
+    text = text[-TAIL:]
     for start in [*starts, *_statements(text)]:
+        if _BOTH.match(start):
+            return None
         if match := re.match(r"[\"'(]*(yes|no)\b", start, re.IGNORECASE):
             return match[1].lower()
     lines = [line for line in map(plain, text.splitlines()) if line]
@@ -84,9 +80,15 @@ def yes_or_no(text: str) -> str | None:
 def _statements(text: str) -> Iterator[str]:
     """What follows "the answer is" and the like on its line, the last statement first."""
     lines = list(map(plain, text.splitlines()))
-    for line in reversed(lines):
-        for match in reversed(list(_STATEMENT.finditer(line))):
-            yield line[match.end() :]
+    found = ((line, match.end()) for line in reversed(lines) for match in reversed(list(_STATEMENT.finditer(line))))
+    for line, end in islice(found, STATEMENTS):
+        yield line[end:]
+
+
+def _several(shown: str) -> bool:
+    """Whether letters of several options are given, such as "(A) or (B)"."""
+    first = _SEVERAL.match(shown)
+    return first is not None and _ANOTHER.match(shown, first.end()) is not None
 
 
 def _in_box(content: str, letters: str, options: Sequence[str] | None) -> str | None:
@@ -96,6 +98,8 @@ def _in_box(content: str, letters: str, options: Sequence[str] | None) -> str | 
         return alone[1].upper()
     if letter := _by_text(content, letters, options):
         return letter
+    if _several(shown):
+        return None
     first = re.match(r"[(\[]?([A-Z])(?:[)\]:]|\.\s)", shown)
     return first[1] if first and first[1] in letters else None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from swift_kernels.evaluation.graders import MathGrader
-from swift_kernels.evaluation.tasks.answers import boxed
+from swift_kernels.evaluation.math_answers import boxed
 from swift_kernels.evaluation.tasks.base import Problem, normalised
 from swift_kernels.evaluation.tasks.hub import RowsTask, Source
 from swift_kernels.evaluation.tasks.rows import Row, text_of
@@ -78,7 +80,8 @@ class Gsm8k(_Mathematics):
 class JsonlTask(_Mathematics):
     """Problems of a JSONL file (`problem` or `question`, and `answer`).
 
-    Of an answer in GSM8K's form, what follows `####` counts. `id` or `unique_id` are used where present.
+    Of an answer in GSM8K's form, what follows `####` counts, and of one with a box its content. `id` or
+    `unique_id` are used where present.
     """
 
     kind = "jsonl"
@@ -88,7 +91,12 @@ class JsonlTask(_Mathematics):
 
     def read(self, row: Row, identity: str) -> Problem:
         question = text_of(row, "problem", "question")
-        answer = text_of(row, "answer").rpartition("####")[2].strip()
+        text = text_of(row, "answer")
+        answer = boxed(text) or text.rpartition("####")[2].strip()
+        if not answer:
+            raise ValueError("nothing after '####' in 'answer'")
+        if answer.casefold() == "nan" or (isinstance(row["answer"], float) and math.isinf(row["answer"])):
+            raise ValueError(f"'answer' is {answer}: expected a number or text")
         return Problem(identity, normalised(question), question, answer)
 
     def identity(self, row: Row, line: str) -> str:
