@@ -191,9 +191,27 @@ _REWRITES = [
 ]
 
 
+_EMPHASIS = re.compile(r"(?<![\w*`^\\)}])(\*{1,3}|`{1,3})(?=[^\s*`])([^*`\n]{0,400}[^\s*`])\1(?![\w*`({])")
+_VULGAR = re.compile(r"(\d*) ?([½¼¾])")
+_SIGNS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " "})
+
+
+def plain_prose(text: str) -> str:
+    """A response without emphasis, and without the characters that a search for numbers does not know."""
+    text = _EMPHASIS.sub(r"\2", text.translate(_SIGNS))
+    if _VULGAR.search(text):
+        # Inside of dollars these are LaTeX already.
+        parts = text.split("$")
+        parts[::2] = [
+            _VULGAR.sub(lambda one: f"${one[1]}{one[2]}$".translate(_CHARACTERS), part) for part in parts[::2]
+        ]
+        text = "$".join(parts)
+    return text
+
+
 def normalised(answer: str) -> str:
     """One way of writing for what LaTeX and plain text can write in several."""
-    answer = answer.translate(_CHARACTERS).strip()
+    answer = _EMPHASIS.sub(r"\2", answer).translate(_CHARACTERS).strip()
     if len(answer) > 1 and answer[0] == answer[-1] == "$":
         answer = answer.strip("$")
     if "\\begin" not in answer:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_answer
+from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_answer, plain_prose
 from swift_kernels.evaluation.worker import serve
 
 TAIL = 20_000
@@ -42,13 +42,14 @@ def final_answer(text: str) -> str:
     marked = marked_answer(text)
     if marked is not None:
         return marked
-    if "answer" not in text.casefold() and (last := _LAST_NUMBER.search(text[-TAIL:])):
+    text = plain_prose(text[-TAIL:])
+    if "answer" not in text.casefold() and (last := _LAST_NUMBER.search(text)):
         return last[1]
     from math_verify import parse
     from math_verify.grader import get_pct_val
 
     # None switches math-verify's own alarm off: the parent process keeps the time.
-    found = parse(text[-TAIL:], _configs(), parsing_timeout=None)
+    found = parse(text, _configs(), parsing_timeout=None)
     if not found or not isinstance(found[-1], str):
         return str(found[0]) if found else ""
     return found[-1] + ("\\%" if get_pct_val(found[0]) is not None and "%" not in found[-1] else "")
@@ -98,7 +99,7 @@ def canonical(node: Node) -> str:
         return str(node.value)
     with suppress(Exception):
         return str(_expression(node.text)[0].doit())
-    return re.sub(r"\s", "", node.text)
+    return _unspaced(node.text)
 
 
 def _right(node: Node) -> str:
@@ -141,7 +142,7 @@ def _equal_leaves(reference: Node, found: Node) -> bool:
         return False
     if reference.value is not None and found.value is not None:
         return _equal_numbers(reference, found)
-    if re.sub(r"\s", "", reference.text) == re.sub(r"\s", "", found.text) != "":
+    if _unspaced(reference.text) == _unspaced(found.text) != "":
         return reference.percent == found.percent
     if reference.percent or found.percent:
         return False
@@ -151,6 +152,11 @@ def _equal_leaves(reference: Node, found: Node) -> bool:
     written = next((leaf.value for leaf in (reference, found) if leaf.decimal), None)
     exact = next((leaf.text for leaf in (reference, found) if not leaf.decimal), None)
     return written is None or exact is None or _close(written, Fraction(str(_expression(exact)[0].evalf(30))))
+
+
+def _unspaced(text: str) -> str:
+    """Without the space that says nothing: 1 8 is not 18."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def _plain(node: Node) -> str:
@@ -181,8 +187,11 @@ def _same(reference: str, found: str) -> bool:
     return bool(gold and target) and bool(verify(gold, target, allow_set_relation_comp=True, timeout_seconds=None))
 
 
-_UNREAD = re.compile(r"\d\s*_|\\text|[:;?@#&\"`]")
-"""What the LaTeX parser drops in silence, as it does the end of 5:6."""
+_UNREAD = re.compile(r"\d\s*_|\d\s+\d|\\text|[:;?@#&\"`]")
+"""What the LaTeX parser drops in silence, as it does the end of 5:6, or joins: 1 8 is neither 9 nor 18."""
+
+_GROUPS = re.compile(r"(?<![\d.])(?<!\d )\d{1,3}(?: \d{3})+(?! ?\d)")
+_MIXED = re.compile(r"(?<![\d.])(?<!\d )(\d+) (\d+)\s*/\s*(\d+)(?! ?\d)")
 
 
 @lru_cache(maxsize=512)
@@ -190,6 +199,8 @@ def _expression(latex: str) -> list[Any]:
     from math_verify import parse
 
     latex = re.sub(r"\\text\s*\{([a-zA-Z])\}", r"\1", latex).replace("\\cr ", r"\\ ")
+    latex = _MIXED.sub(r"(\1+\\frac{\2}{\3})", latex)
+    latex = _GROUPS.sub(lambda groups: groups[0].replace(" ", ""), latex)
     if not latex or (_UNREAD.search(latex) and "\\begin" not in latex):
         return []
     return [found for found in parse(f"${latex}$", _configs()[:1], parsing_timeout=None) if not isinstance(found, str)]

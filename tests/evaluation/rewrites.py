@@ -79,6 +79,10 @@ p - q | -q+p | p-q
 \emptyset | \varnothing | \{\}
 5000000 | 5\text{ million} | 5 million | \$5 million | 5 million dollars | 5{,}000\text{ thousand}
 \$2,500,000 | \$2.5\text{ million} | 2.5 million dollars | 2.5\times10^6
+18 | *18* | `18` | ***18***
+3x | 3 x | *3x*
+1 4/5 | \frac{18}{10} | 1+\frac45 | 3 - 1 1/5
+1000x | 1 000 x | 1000 x
 60 | 5\text{ dozen} | 5 dozen eggs
 \frac{5}{2} | 5 halves | 25 tenths | 250\text{ hundredths}
 5 | 5 times | 5 units squared | 5 dollars less | 5 apples more
@@ -145,6 +149,9 @@ p - q | q-p | p+q | pq | p
 5 cm | 5 apples | 5 m
 5 | 5 cm, 5 m | 5 apples, 5 oranges
 6 | 6_7, 6_8
+1234 | 12 34 | 1 234 5 | 1 2 3 4
+9 | 1 8 | 18/2 1
+18 | 1 8
 """
 
 
