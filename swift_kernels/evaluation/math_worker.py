@@ -17,9 +17,6 @@ TAIL = 20_000
 LONGEST = 2_000
 """Characters of an answer; what is longer is none."""
 
-MEMORY = 4 * 2**30
-"""Bytes of address space that an answer's evaluation may take; beyond them it is wrong."""
-
 ABSOLUTE, RELATIVE = Fraction(1, 10**6), Fraction(5, 10**6)
 """How far a decimal may be from the exact value: six decimals, and six significant digits."""
 
@@ -220,11 +217,6 @@ def _configs() -> Any:
 
 def _prepare() -> None:
     import math_verify  # noqa: F401
-
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,12 @@ TIME_LIMIT = 5.0
 
 START_LIMIT = 120.0
 """Seconds the child may take to import its libraries, on a cold or busy machine."""
+
+MEMORY = 4 * 2**30
+"""Bytes of address space that a question may take; beyond them it fails."""
+
+GRACE = 2.0
+"""Seconds after its limit at which a question ends the child by itself, for want of a parent that does."""
 
 _READY = b"ready\n"
 
@@ -63,7 +70,7 @@ class Worker:
 
     def ask(self, question: Any) -> Any:
         """The reply to a question that can be pickled; None if it takes too long, or the child fails at it."""
-        line = base64.b64encode(pickle.dumps(question)) + b"\n"
+        line = b"%r %b\n" % (float(self.time_limit), base64.b64encode(pickle.dumps(question)))
         with self._lock:
             # A child may die between two questions (out of memory, killed by hand): one new one gets a chance.
             for _ in range(2):
@@ -154,14 +161,36 @@ def serve(answer: Callable[[Any], Any], prepare: Callable[[], object]) -> None:
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
     prepare()
+    _limit_memory()
     logging.disable(logging.CRITICAL)
     replies.write(b"\n" + _READY)
     replies.flush()
     for line in questions:
+        limit, _, question = line.partition(b" ")
+        _set_alarm(float(limit) + GRACE)
         try:
-            reply = json.dumps(answer(pickle.loads(base64.b64decode(line))), ensure_ascii=False)
+            reply = json.dumps(answer(pickle.loads(base64.b64decode(question))), ensure_ascii=False)
         except (Exception, SystemExit):  # an answer may be anything, exit() too
             reply = "null"
+        _set_alarm(0)
         # Escapes would make one character of two surrogates.
         replies.write(reply.encode("utf-8", "surrogatepass") + b"\n")
         replies.flush()
+
+
+def _set_alarm(seconds: float) -> None:
+    """Ends this process after so many seconds; 0 takes that back.
+
+    A parent that is killed cannot end its child, which would compute for ever. The signal's default action needs no
+    Python, so that it interrupts an operation in C too.
+    """
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, min(seconds, 1e6))
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

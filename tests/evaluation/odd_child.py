@@ -31,6 +31,10 @@ def answer(question: Any) -> Any:
             return [sys.stdin.read(), os.read(0, 10).decode()]
         case "modules":
             return list(sys.modules)
+        case "process":
+            return os.getpid()
+        case "memory":
+            return len(bytes(8 * 2**30))
         case "path":
             return sys.path
     return question

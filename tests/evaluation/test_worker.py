@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -131,6 +133,45 @@ def test_the_child_has_the_path_of_the_parent_and_no_torch(worker: Worker) -> No
     modules = worker.ask("modules")
     assert "swift_kernels.evaluation.worker" in modules
     assert "torch" not in modules
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere address space may not be limited")
+def test_memory_is_limited(worker: Worker) -> None:
+    assert worker.ask("memory") is None
+    assert worker.ask("next") == "next"
+
+
+_PARENT = """
+import sys
+from pathlib import Path
+from swift_kernels.evaluation.worker import Worker
+worker = Worker(Path(sys.argv[1]), 1.0)
+print(worker.ask("process"), flush=True)
+worker.ask("hang")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_a_child_whose_parent_is_killed_ends() -> None:
+    with subprocess.Popen([sys.executable, "-c", _PARENT, str(CHILD)], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        time.sleep(0.3)
+        parent.kill()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and _runs(child):
+        time.sleep(0.1)
+    assert not _runs(child)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # Ended, but not yet waited for by whoever inherited it.
+    stat = Path(f"/proc/{process}/stat")
+    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_a_question_it_dies_of_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
