@@ -128,7 +128,7 @@ def things(phrase: str) -> frozenset[str]:
     words = re.findall(r"[^\W\d_]+|/", phrase.casefold())
     end = next((place for place, word in enumerate(words) if word == "/" or (word in _CLAUSE and place)), len(words))
     named = (_UNITS.get(word) or _singular(word) for word in words[:end] if word not in _POWERS)
-    return frozenset(word for word in named if word not in _CLAUSE and word != "unit")
+    return frozenset(word for word in named if word not in _CLAUSE and word not in ("", "unit"))
 
 
 def _singular(word: str) -> str:
@@ -136,4 +136,5 @@ def _singular(word: str) -> str:
         return _IRREGULAR[word]
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
-    return re.sub(r"(?<=s|x|z|h)es$|(?<!s)s$", "", word)
+    # A stem will do: house and houses, bus and buses.
+    return re.sub(r"s*(?:es|e|s)?$", "", word)

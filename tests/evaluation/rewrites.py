@@ -82,6 +82,9 @@ p - q | -q+p | p-q
 18 | *18* | `18` | ***18***
 3x | 3 x | *3x*
 1 4/5 | \frac{18}{10} | 1+\frac45 | 3 - 1 1/5
+5 houses | 5 house
+5 buses | 5\text{ bus}
+5 boxes | 5\text{ box}
 1000x | 1 000 x | 1000 x
 60 | 5\text{ dozen} | 5 dozen eggs
 \frac{5}{2} | 5 halves | 25 tenths | 250\text{ hundredths}
