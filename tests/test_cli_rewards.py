@@ -174,6 +174,30 @@ def test_rewards_that_are_not_finite_are_null_and_noted(
     assert rows(path)[1]["rewards"] == [None] * 4
 
 
+def test_an_answer_that_cannot_be_read_does_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str], rollouts: Path, tmp_path: Path
+) -> None:
+    model = classifiers.save(tmp_path / "rm", classifiers.llama())
+    lines = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    lines[1]["prompt"] = lines[1]["candidates"][2]["text"] = ""
+    changed = tmp_path / "rollouts.jsonl"
+    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = tmp_path / "r.jsonl"
+    code, out, err = run(capsys, *args(changed, model, path, "--json"))
+    without = sum(not c["text"] for c in lines[1]["candidates"])
+    facts = json.loads(out)
+    assert (code, facts["problems"], facts["without_reward"]) == (0, 12, without)
+    assert f"{without} as it cannot read them (problem {lines[1]['id']!r}: prompt and answer have no tok" in " ".join(
+        err.split()
+    )
+    written = rows(path)
+    assert [row["unreadable"] for row in written[1:]] == [without, *[0] * 11]
+    # Files of earlier versions do not say it.
+    old = [{key: value for key, value in row.items() if key not in ("unreadable", "why")} for row in written]
+    path.write_text("".join(json.dumps({"seconds": 1.0, **row}) + "\n" for row in old))
+    assert len(read_rewards(path, read(changed).rollouts).notes) == 1
+
+
 def test_refusals(
     capsys: pytest.CaptureFixture[str],
     rollouts: Path,

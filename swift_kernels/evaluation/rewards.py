@@ -33,11 +33,13 @@ class ProblemRewards:
 
     Attributes:
         rewards: one a candidate; NaN where there is none.
-        answers: how many the model read: equal ones once, and none that is too long for it.
+        answers: how many the model read: equal ones once, and none that is too long for it or unreadable.
         too_long: candidates that do not fit the model's context.
         tokens: that it was fed, prompts included and padding left out.
         seconds: from texts to rewards.
         flops: of its forwards, padding included.
+        unreadable: candidates of which the model's tokenizer makes nothing that it could read.
+        why: what was wrong with the first of these.
     """
 
     rewards: list[float]
@@ -46,6 +48,8 @@ class ProblemRewards:
     tokens: int
     seconds: float
     flops: int
+    unreadable: int = 0
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,7 @@ def read_rewards(path: str | Path, rollouts: Sequence[Rollout], column: str = CO
         totals = {key: sum(row[key] for row in costs) for key in ("seconds", "tokens", "flops", "answers")}
         cost = RewardCost(parameters=header["reward_model"]["parameters"], device=header["device"], **totals)
     name = header["reward_model"]["name"] if header else path.stem
-    too_long = sum(row["too_long"] for row in costs)
-    return Rewards(name, table, _notes(path, values, places, rollouts, too_long), cost)
+    return Rewards(name, table, _notes(path, values, places, rollouts, costs), cost)
 
 
 class RewardWriter:
@@ -230,7 +233,8 @@ def _values(row: dict[str, Any], column: str, rollout: Rollout, place: str) -> l
 
 
 def _cost(row: dict[str, Any], place: str) -> dict[str, Any]:
-    for key in ("seconds", "tokens", "flops", "answers", "too_long"):
+    row = {"unreadable": 0, **row}  # which earlier versions did not write: they stopped there
+    for key in ("seconds", "tokens", "flops", "answers", "too_long", "unreadable"):
         kinds = (int, float) if key == "seconds" else (int,)
         if type(row.get(key)) not in kinds or not 0 <= row[key] < math.inf:
             raise RewardFileError(f"{place}: {key} is {row.get(key)!r}: expected a number of at least 0")
@@ -242,7 +246,7 @@ def _notes(
     values: Mapping[str, Sequence[float]],
     places: Mapping[str, str],
     rollouts: Sequence[Rollout],
-    too_long: int,
+    costs: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     notes = []
     if unknown := [identity for identity in places if identity not in values]:
@@ -254,6 +258,11 @@ def _notes(
         notes.append(f"{path}: {len(missing)} of {len(rollouts)} problems have no rewards, such as {missing[0]!r}")
     if without := sum(math.isnan(value) for row in values.values() for value in row):
         total = sum(map(len, values.values()))
-        why = f", {too_long} of them as they are too long for the reward model," if too_long else ""
+        too_long, unreadable = (sum(row[key] for row in costs) for key in ("too_long", "unreadable"))
+        reasons = [f"{too_long} of them as they are too long for the reward model"] if too_long else []
+        if unreadable:
+            first = next(row for row in costs if row["unreadable"])
+            reasons.append(f"{unreadable} as it cannot read them (problem {first['id']!r}: {first.get('why')})")
+        why = f", {', '.join(reasons)}," if reasons else ""
         notes.append(f"{path}: {without} of {total} answers have no reward{why} and are never picked by it")
     return notes

@@ -35,6 +35,9 @@ CHAT, PAIR, TEXT = "chat template", "pair", "text"
 PROBES, LONG_PROBE = (8, 16, 24), 512
 """Lengths at which a forward's FLOPs are counted: three make a parabola, a longer one says whether it is one."""
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tokenization_*.py")
+_NO_TOKENIZER = "has no vocabulary, every word would be unknown to it: expected the files of its tokenizer beside it"
+
 
 class RewardModelError(ValueError):
     """A reward model that cannot be used; the message says what would do."""
@@ -112,13 +115,17 @@ class RewardModel:
     def score(self, prompt: str, answers: Sequence[str], batch_size: int = 16) -> ProblemRewards:
         """Rewards of the answers to one prompt, `batch_size` of them in a forward; equal ones are read once.
 
-        An answer that does not fit the context with its prompt has NaN: cut off, it would be another answer.
+        An answer that does not fit the context with its prompt has NaN: cut off, it would be another answer. So has
+        one that cannot be encoded: it is the answer's fault, and those after it are read all the same.
         """
         if not self._probed:
-            self._probe(self._encode(prompt, answers[0]))
+            made = (self._try_to_encode(prompt, answer) for answer in answers)
+            if (row := next((row for row in made if not isinstance(row, str)), None)) is not None:
+                self._probe(row)
         started = time.perf_counter()
-        inputs = {answer: self._encode(prompt, answer) for answer in dict.fromkeys(answers)}
-        rewards = dict.fromkeys(inputs, math.nan)
+        encoded = {answer: self._try_to_encode(prompt, answer) for answer in dict.fromkeys(answers)}
+        inputs = {answer: row for answer, row in encoded.items() if not isinstance(row, str)}
+        rewards = dict.fromkeys(encoded, math.nan)
         fitting = [a for a in inputs if self.context is None or len(inputs[a]["input_ids"]) <= self.context]
         fitting.sort(key=lambda answer: len(inputs[answer]["input_ids"]))
         tokens = flops = 0
@@ -131,11 +138,22 @@ class RewardModel:
         return ProblemRewards(
             rewards=[rewards[answer] for answer in answers],
             answers=len(fitting),
-            too_long=sum(answer not in fitting for answer in answers),
+            too_long=sum(answer in inputs and answer not in fitting for answer in answers),
             tokens=tokens,
             seconds=time.perf_counter() - started,
             flops=flops,
+            unreadable=sum(answer not in inputs for answer in answers),
+            why=next((row for row in encoded.values() if isinstance(row, str)), None),
         )
+
+    def _try_to_encode(self, prompt: str, answer: str) -> dict[str, list[int]] | str:
+        """What the model reads, or why there is nothing that it could."""
+        try:
+            return self._encode(prompt, answer)
+        except MemoryError:
+            raise
+        except Exception as error:  # each tokenizer and chat template has its own
+            return first_line(error)
 
     def _encode(self, prompt: str, answer: str) -> dict[str, list[int]]:
         if self.reads == CHAT:
@@ -249,17 +267,25 @@ def load_reward_model(
         raise RewardModelError(f"reward model {name!r} does not exist: expected a folder or a Hub id")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    folder = Path(name)
+    if folder.is_dir() and (folder / "config.json").is_file() and not _has_tokenizer_file(folder):
+        raise RewardModelError(f"reward model {name!r} {_NO_TOKENIZER}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model, info = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file has one of its own in each format
         raise RewardModelError(f"reward model {name!r} cannot be loaded: {first_line(error)}") from error
+    # Without its files transformers makes a tokenizer of the special tokens, to which every word is unknown; those of
+    # SentencePiece have the sign for a space too.
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, "\u2581"}:
+        raise RewardModelError(f"reward model {name!r} {_NO_TOKENIZER}")
     if info["missing_keys"]:
         raise RewardModelError(
             f"reward model {name!r} is no sequence classifier, it lacks {sorted(info['missing_keys'])[0]}: expected "
             "one that was trained to give rewards"
         )
-    folder = Path(name)
     return RewardModel(model.to(device), tokenizer, folder.resolve().name if folder.is_dir() else name, label)
 
 
@@ -288,6 +314,10 @@ def reward_rollouts(
             raise kind(f"problem {rollout.id!r}: the reward model failed: {first_line(error)}; {held}") from error
         writer.write(rollout, found)
         update(len(writer.done))
+
+
+def _has_tokenizer_file(folder: Path) -> bool:
+    return any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern))
 
 
 def _check_label(config: Any, name: str, label: int | None) -> int:

@@ -204,11 +204,58 @@ class TestLoading:
         with pytest.raises(RewardModelError, match=r"cannot be loaded: "):
             load_reward_model(str(tmp_path))
 
+    @pytest.mark.parametrize(
+        ("family", "left"),
+        # Of the others transformers says itself that they lack their vocabulary.
+        [("bert", False), ("llama-right", False), ("roberta", False), ("bert", True), ("roberta", True)],
+    )
+    def test_without_its_tokenizer(self, tmp_path: Path, family: str, left: bool) -> None:
+        """A file of the tokenizer's that is `left`, without a vocabulary, is as good as none."""
+        folder = classifiers.save(tmp_path / "rm", MADE[family]())
+        for path in [path for path in folder.iterdir() if path.name not in ("config.json", "model.safetensors")]:
+            path.unlink()
+        if left:
+            (folder / "tokenizer_config.json").write_text("{}")
+        with pytest.raises(RewardModelError, match="has no vocabulary, every word would be unknown to it"):
+            load_reward_model(str(folder), device="cpu")
+
+    def test_weights_that_are_cut_off(self, tmp_path: Path) -> None:
+        folder = classifiers.save(tmp_path / "rm", classifiers.bert())
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(RewardModelError, match="cannot be loaded: "):
+            load_reward_model(str(folder), device="cpu")
+
+
+class TestUnreadable:
+    """What cannot be encoded has no reward, and costs the others nothing."""
+
     def test_a_tokenizer_of_another_model(self) -> None:
-        rm = RewardModel(classifiers.llama(vocab_size=50)[0], tiny.tokenizer(), "rm")
-        with pytest.raises(ValueError, match=r"has token id \d+: expected 0\.\.49"):
-            rm.score(PROMPT, ANSWERS)
+        found = RewardModel(classifiers.llama(vocab_size=50)[0], tiny.tokenizer(), "rm").score(PROMPT, ANSWERS)
+        assert all(map(math.isnan, found.rewards))
+        assert (found.answers, found.unreadable, found.too_long) == (0, 6, 0)
+        assert found.why is not None
+        assert "expected 0..49" in found.why
 
     def test_nothing_to_read(self) -> None:
-        with pytest.raises(RewardModelError, match="prompt and answer have no tokens"):
-            RewardModel(*classifiers.llama(), "rm").score("", ["4", ""])
+        model, tokenizer = classifiers.llama()
+        rm = RewardModel(model, tokenizer, "rm")
+        nothing = rm.score("", ["", ""])
+        assert replace(nothing, rewards=[], seconds=0) == reward_model.ProblemRewards(
+            [], 0, 0, 0, 0, 0, 2, "prompt and answer have no tokens: expected at least one"
+        )
+        found = rm.score("", ["", "4", ""])
+        assert [math.isnan(reward) for reward in found.rewards] == [True, False, True]
+        assert (found.answers, found.unreadable, found.flops > 0) == (1, 2, True)
+        assert found.rewards[1] == RewardModel(model, tokenizer, "rm").score("", ["4"]).rewards[0]
+        assert rm._flops is not None, "probed with what can be read"
+
+    def test_memory_is_no_fault_of_an_answer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rm = RewardModel(*classifiers.llama(), "rm")
+
+        def fail(*_: Any) -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(rm, "_encode", fail)
+        with pytest.raises(MemoryError):
+            rm.score(PROMPT, ANSWERS)
