@@ -18,7 +18,7 @@ from torch import Tensor
 
 from swift_kernels import features
 from swift_kernels.checkpoint import fingerprint
-from swift_kernels.evaluation.tasks import Problem, Task
+from swift_kernels.evaluation.tasks import Problem, Task, timeouts
 from swift_kernels.files import replacing
 from swift_kernels.head import HeadConfig
 from swift_kernels.integrations.compatibility import eos_token_ids
@@ -29,7 +29,7 @@ from swift_kernels.training import sketch as sketches
 from swift_kernels.training import store as stores
 from swift_kernels.training.generation import Sampling, generate_together
 from swift_kernels.training.recording import Recorder, distinct_places
-from swift_kernels.training.rollouts import Rollout, RolloutWriter
+from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutWriter
 from swift_kernels.training.sketch import Sketch
 from swift_kernels.training.store import Layout, ShardProblem, StoreWriter, digest
 
@@ -75,6 +75,8 @@ def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes
     Each process writes a file of its own; the first one puts them together at the end.
     """
     known = _known(job)
+    _check_same(job, known)
+    given_up = timeouts(job.task)
     if job.store is not None:
         _check_space(job)
     store = _open_store(job, processes, note)
@@ -107,6 +109,8 @@ def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes
         except KeyboardInterrupt:
             held = f"{len(writer.done)} problems are in {path}, the same command continues"
             raise KeyboardInterrupt(held) from None
+    if late := timeouts(job.task) - given_up:
+        note(f"{job.task.name}: {late} answers took too long to grade: they count as wrong, or as having no answer")
     processes.wait()
     if processes.is_first:
         _put_together(job)
@@ -153,6 +157,18 @@ def _known(job: Job) -> dict[str, Rollout]:
         with RolloutWriter(path, job.header) as writer:
             known |= {rollout.id: rollout for rollout in writer.rollouts}
     return known
+
+
+def _check_same(job: Job, known: dict[str, Rollout]) -> None:
+    """Raises where an id stands for another problem than before: those of a local file may be its line numbers."""
+    for problem in job.problems:
+        rollout = known.get(problem.id)
+        if rollout is not None and (rollout.key, rollout.answer) != (problem.key, problem.answer):
+            what = "question" if rollout.key != problem.key else "answer"
+            raise RolloutError(
+                f"{job.output}: {job.task.name}, problem {problem.id!r}, has another {what} than when answered: "
+                "continue with the problems as they were, or take another --output"
+            )
 
 
 def _put_together(job: Job) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from swift_kernels.evaluation.tasks import Problem, Task
+from swift_kernels.evaluation.tasks import Problem, Task, timeouts
 from swift_kernels.evaluation.worker import WorkerError
 from swift_kernels.hub import first_line
 from swift_kernels.integrations.compatibility import check_context, eos_token_ids
@@ -143,14 +143,17 @@ def grade(
 ) -> list[Response]:
     """Decodes and grades the answers to one problem.
 
-    Where the task raises, an answer counts as wrong and as having none, and `note` is told once for the problem.
+    Where the task raises, an answer counts as wrong and as having none, and `note` is told once for the problem. One
+    that takes its grader too long has none either: it would take as long again to look for it.
     """
     responses = []
     errors = []
     for token_ids, finished in answers:
         text = cut_at_stop(tokenizer.decode(token_ids, skip_special_tokens=True), task.stop)
         try:
-            correct, answer = task.grade(text, problem), task.extract(text, problem)
+            before = timeouts(task)
+            correct = task.grade(text, problem)
+            answer = task.extract(text, problem) if timeouts(task) == before else None
         except WorkerError:
             raise
         except Exception as error:  # one odd answer must not cost those that were generated with it

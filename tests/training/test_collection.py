@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from swift_kernels.evaluation.tasks import Sums
+from swift_kernels.evaluation.tasks import Problem, Sums
 from swift_kernels.integrations.shared_prompt import forward_responses
 from swift_kernels.processes import Processes
 from swift_kernels.training import collection, generation
 from swift_kernels.training import sketch as sketch_module
 from swift_kernels.training.collection import Job, collect_rollouts
 from swift_kernels.training.generation import Sampling, settings
-from swift_kernels.training.rollouts import read
+from swift_kernels.training.rollouts import RolloutError, read
 from swift_kernels.training.sketch import Sketch
 from swift_kernels.training.store import Store, StoreError, make_layout
 from tests import tiny
@@ -373,3 +374,37 @@ def test_a_begun_store_keeps_its_projections(model: Any, tokenizer: Any, tmp_pat
     collect(second)
     with pytest.raises(StoreError, match="was begun with other projections"):
         collect(replace(second, sketch_of=first.store))
+
+
+@pytest.mark.parametrize(("changed", "what"), [({"key": "8+9"}, "question"), ({"answer": "99"}, "answer")])
+def test_other_problems_of_the_same_ids_are_not_mixed_in(
+    model: Any, tokenizer: Any, tmp_path: Path, changed: dict[str, str], what: str
+) -> None:
+    job = make_job(model, tokenizer, tmp_path, 5)
+    collect(replace(job, problems=job.problems[:4]))
+    before = contents(tmp_path)
+    other = [*job.problems[:2], replace(job.problems[2], **changed), *job.problems[3:]]
+    with pytest.raises(RolloutError, match=re.escape(f"sums, problem {job.problems[2].id!r}, has another {what} than")):
+        collect(replace(job, problems=other))
+    assert contents(tmp_path) == before
+    collect(replace(job, problems=[*job.problems[:4], replace(job.problems[4], **changed)]))
+
+
+class Late(Sums):
+    """Its grader gives up on some answers."""
+
+    timeouts = 0
+
+    def grade(self, text: str, problem: Problem) -> bool:
+        self.timeouts += problem.id == self.late
+        return False
+
+    late = ""
+
+
+def test_answers_given_up_for_the_time_limit_are_noted(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = replace(make_job(model, tokenizer, tmp_path, 3), task=Late(), store=None, layout=None)
+    job.task.timeouts, job.task.late = 7, job.problems[1].id  # type: ignore[attr-defined]
+    notes = collect(job)
+    assert notes == ["sums: 3 answers took too long to grade: they count as wrong, or as having no answer"]
+    assert not any("too long" in note for note in collect(job))

@@ -196,6 +196,33 @@ def test_an_answer_that_cannot_be_graded_is_wrong_and_the_others_are_graded(toke
     ]
 
 
+class Slow(Sums):
+    """Takes too long to grade some answers, and would to look for what they say."""
+
+    timeouts = 0
+
+    def grade(self, text: str, problem: Problem) -> bool:
+        self.timeouts += "^" in text
+        return "^" not in text
+
+    def extract(self, text: str, problem: Problem | None = None) -> str | None:
+        assert "^" not in text
+        return text
+
+
+def test_an_answer_whose_grading_took_too_long_is_not_read_again(tokenizer: Any) -> None:
+    problem = Problem("1+2", "1+2", "What is 1 + 2?", "3")
+    task = Slow()
+    answers = [(tokenizer(text)["input_ids"], True) for text in ("3", "9^9", "4")]
+    responses = grade(tokenizer, task, problem, answers, pytest.fail)
+    assert [(response.correct, response.answer) for response in responses] == [
+        (True, "3"),
+        (False, None),
+        (True, "4"),
+    ]
+    assert task.timeouts == 1
+
+
 def test_rollouts_go_on_where_a_grader_fails(double: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = Sums().problems("train", 4)
     expected = list(generate_rollouts(double, tokenizer, Sums(), problems, SAMPLING))

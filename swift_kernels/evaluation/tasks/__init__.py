@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from swift_kernels.evaluation.tasks.base import SPLITS, TEST_FRACTION, Problem, Task, TaskError, split_of
+from swift_kernels.evaluation.tasks.base import SPLITS, TEST_FRACTION, Problem, Task, TaskError, split_of, timeouts
 from swift_kernels.evaluation.tasks.choices import AquaRat, CoinFlip, HellaSwag, ImbueCode
 from swift_kernels.evaluation.tasks.gym import COMMUTATIVE, ReasoningGym
 from swift_kernels.evaluation.tasks.hub import RowsTask, Source
@@ -40,6 +40,7 @@ __all__ = [
     "parse_object",
     "read_jsonl",
     "split_of",
+    "timeouts",
 ]
 
 HUB_TASKS: dict[str, Callable[[str | None], RowsTask]] = {

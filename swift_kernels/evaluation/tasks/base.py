@@ -37,7 +37,8 @@ class Problem:
 class Task(Protocol):
     """What rollouts, training and evaluation need of a task.
 
-    A grader keeps its own time limit: `grade` and `extract` may raise, but should not run for ever.
+    A grader keeps its own time limit: `grade` and `extract` may raise, but should not run for ever. A task may count in
+    an attribute `timeouts` what it gave up for that.
 
     Attributes:
         name: as `get_task` takes it.
@@ -65,6 +66,11 @@ class Task(Protocol):
 
     def grade(self, text: str, problem: Problem) -> bool:
         """Whether the response is right."""
+
+
+def timeouts(task: Task) -> int:
+    """How many times a grader was given up for its time limit, so far; 0 for a task that has none."""
+    return int(getattr(task, "timeouts", 0))
 
 
 def split_of(key: str) -> str:

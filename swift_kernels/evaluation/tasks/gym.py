@@ -58,6 +58,11 @@ class ReasoningGym:
         self.stop: tuple[str, ...] = ("\n\n",) if shots else ()
         self.max_new_tokens = 64 if shots else 512
 
+    @property
+    def timeouts(self) -> int:
+        """Answers whose scorer took too long, of all tasks of this kind."""
+        return SCORER.timeouts
+
     def problems(self, split: str, count: int | None, seed: int = 0) -> list[Problem]:
         check_request(split, count)
         if count is None:

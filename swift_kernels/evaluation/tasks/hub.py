@@ -12,6 +12,7 @@ from typing import Any
 
 from swift_kernels.evaluation.tasks.base import Problem, TaskError, check_request, of_split, take
 from swift_kernels.evaluation.tasks.rows import Row, read_jsonl
+from swift_kernels.evaluation.worker import Worker
 from swift_kernels.hub import HubError, first_line
 
 
@@ -53,7 +54,13 @@ class RowsTask(ABC):
         self.name = self.kind if path is None else f"{self.kind}:{path}"
         self._path = None if path is None else Path(path)
         if self._path is not None and not self._path.is_file():
-            raise TaskError(f"{path} does not exist: expected a JSONL file of problems and answers")
+            what = "is no file" if self._path.exists() else "does not exist"
+            raise TaskError(f"{path} {what}: expected a JSONL file of problems and answers")
+
+    @property
+    def timeouts(self) -> int:
+        """How many times the task's grader, where it has one, took too long."""
+        return sum(part.timeouts for part in vars(self).values() if isinstance(part, Worker))
 
     @abstractmethod
     def read(self, row: Row, identity: str) -> Problem:
@@ -79,6 +86,8 @@ class RowsTask(ABC):
             made = self._of_own_split(split)
         else:
             made = list(self._from_hub(self.train) if self._path is None else self._from_file(self._path))
+        if not made and self._path is not None:
+            raise TaskError(f"{self._path} is empty: expected a problem with its answer a line")
         random.Random(seed).shuffle(made)
         return take(made if has_own_splits else of_split(made, split), split, count, self.name)
 
