@@ -15,7 +15,8 @@ pytest.importorskip("datasets")
 
 import datasets
 
-from swift_kernels.evaluation.tasks import HUB_TASKS, PkuSafeRlhf, Problem, TaskError, get_task, split_of
+from swift_kernels.evaluation.tasks import HUB_TASKS, PkuSafeRlhf, Problem, TaskError, get_task, split_of, timeouts
+from swift_kernels.evaluation.tasks.gym_scorer import SCORER
 from swift_kernels.hub import HubError
 from tests.evaluation.task_data import FILES, FIXTURES, SOURCES, FakeDatasets, rows_of, write_lines
 
@@ -214,6 +215,11 @@ BAD_ROWS = {
         changed("pku_saferlhf", better_response_id=-1),
         "'better_response_id' is -1: expected 0 or 1",
     ),
+    "pku with equal responses": (
+        "pku-saferlhf:safe",
+        changed("pku_saferlhf", response_0="Run.", response_1="Run."),
+        "the two responses are equal",
+    ),
     "pku without response": ("pku-saferlhf:safe", changed("pku_saferlhf", response_1=" "), "no 'response_1'"),
 }
 
@@ -240,6 +246,26 @@ def test_missing_file(name: str) -> None:
         get_task(f"{name}:/nowhere/rows.jsonl")
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="is no file: expected a JSONL file of problems"):
+        get_task(f"gsm8k:{tmp_path}")
+
+
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_an_empty_file_is_called_so(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(TaskError, match=r"p\.jsonl is empty: expected a problem with its answer a line"):
+        get_task(f"gsm8k:{path}").problems("train", None)
+
+
+def test_what_takes_a_grader_too_long_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gsm8k, coinflip, gym = local("gsm8k"), local("coinflip"), get_task("reasoning-gym:gcd")
+    gsm8k._grader.timeouts = 2
+    monkeypatch.setattr(SCORER, "timeouts", 3)
+    assert [timeouts(task) for task in (gsm8k, coinflip, gym, get_task("sums"))] == [2, 0, 3, 0]
+
+
 class TestPreferences:
     @pytest.mark.parametrize(
         ("aspect", "preferred"),
@@ -260,7 +286,12 @@ class TestPreferences:
         problems: list[Problem] = local("pku-saferlhf:safe").problems("all", None)
         assert len(problems) == len({problem.key for problem in problems}) == 3
 
-    def test_of_equal_responses_one_is_preferred(self, tmp_path: Path) -> None:
-        row = changed("pku_saferlhf", response_0="Run.", response_1="Run.")
-        task: Any = get_task(f"pku-saferlhf:helpful:{write_lines(tmp_path / 'p.jsonl', [row])}")
-        assert sum(best for _, best in task.answers(task.problems("all", 1)[0])) == 1
+    def test_equal_responses_are_left_out(self, fake: FakeDatasets) -> None:
+        (train,), test = SOURCES["pku-saferlhf:helpful"]
+        equal = changed("pku_saferlhf", prompt="Which?", response_0="Run.", response_1="Run.")
+        rows = rows_of("pku_saferlhf")
+        fake.rows = {train: [equal, *rows[1:]], test[0]: rows[:1]}
+        with pytest.warns(UserWarning, match=r"1 of \d+ rows are left out, .*: the two responses are equal"):
+            problems = get_task("pku-saferlhf:helpful").problems("train", None)
+        assert problems
+        assert "Which?" not in [problem.question for problem in problems]

@@ -27,6 +27,8 @@ class PkuSafeRlhf(RowsTask):
     def read(self, row: Row, identity: str) -> Problem:
         prompt = text_of(row, "prompt")
         responses = (text_of(row, "response_0"), text_of(row, "response_1"))
+        if responses[0] == responses[1]:
+            raise ValueError("the two responses are equal: expected different ones, of which one can be preferred")
         preferred = row.get(self._preferred)
         if type(preferred) is not int or preferred not in (0, 1):
             raise ValueError(f"{self._preferred!r} is {preferred!r}: expected 0 or 1")
