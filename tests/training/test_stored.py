@@ -94,9 +94,10 @@ def test_a_head_trained_on_a_store_is_that_trained_on_the_model(
     direct = train_head(model, tokenizer, rollouts, **options)
     assert stored.head.config.layers == direct.head.config.layers
     assert stored.head.config.base_model == direct.head.config.base_model
-    # Features that differ by float32's rounding, through three epochs of AdamW, which divides by their size.
-    for name, value in stored.head.state_dict().items():
-        torch.testing.assert_close(value, direct.head.state_dict()[name], rtol=0.02, atol=2e-3)
+    # Features that differ by float32's rounding, through three epochs of AdamW, which divides by their size. Not the
+    # reward's bias: it cancels in every pair, so its gradient is rounding alone, which AdamW makes steps of.
+    torch.testing.assert_close(stored.head.weight, direct.head.weight, rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(stored.head.bias[:1], direct.head.bias[:1], rtol=0.02, atol=2e-3)
     assert stored.fit.validation_keys == direct.fit.validation_keys
 
 
