@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench import harness, shapes
 from bench.floors import Floors
@@ -33,6 +32,7 @@ from bench.peaks import peak_bytes
 from bench.results import Case, Labels
 from bench.summary import Sample
 from swift_kernels import SwiftHead, attach, reference
+from swift_kernels.integrations.flops import flop_counter
 
 PROMPT = {"cpu": 16, "cuda": 256}
 NEW_TOKENS = {"cpu": 12, "cuda": 64}
@@ -232,7 +232,7 @@ def count_flops(way: Way) -> int:
     def score_step(hidden_states: list[list[int]], weight: list[int], *_: object, **__: object) -> int:
         return 2 * hidden_states[0][0] * weight[0] * weight[1]
 
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.swift_kernels.score_step: score_step}) as counter:
+    with flop_counter({torch.ops.swift_kernels.score_step: score_step}) as counter:
         way()
     return counter.get_total_flops()
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from swift_kernels import features
 from swift_kernels.evaluation.rewards import ProblemRewards, RewardWriter
 from swift_kernels.hub import first_line
 from swift_kernels.integrations.compatibility import check_token_ids
+from swift_kernels.integrations.flops import flop_counter
 from swift_kernels.integrations.models import hub_id
 from swift_kernels.progress import Update
 from swift_kernels.training.rollouts import Rollout
@@ -43,17 +43,22 @@ class RewardModelError(ValueError):
     """A reward model that cannot be used; the message says what would do."""
 
 
+Parabola = tuple[Fraction, Fraction, Fraction]
+"""Coefficients, the constant first."""
+
+
 @dataclass(frozen=True)
 class _Flops:
-    """Of a forward: `shared`, and for each row `constant + linear * length + square * length**2`."""
+    """Of a forward, both by its length: what all rows share, such as the angles of rotary embeddings, and of a row."""
 
-    shared: int
-    constant: Fraction
-    linear: Fraction
-    square: Fraction
+    shared: Parabola
+    a_row: Parabola
 
     def __call__(self, rows: int, length: int) -> int:
-        return int(self.shared + rows * (self.constant + self.linear * length + self.square * length**2))
+        shared, a_row = (
+            constant + linear * length + square * length**2 for constant, linear, square in (self.shared, self.a_row)
+        )
+        return int(shared + rows * a_row)
 
 
 class RewardModel:
@@ -176,7 +181,7 @@ class RewardModel:
         """The rewards of a batch, and the FLOPs."""
         inputs = self._collate(rows)
         if self._flops is None:
-            with _counter() as counter:
+            with flop_counter() as counter:
                 logits = self._model(**inputs).logits
             flops = counter.get_total_flops()
         else:
@@ -218,9 +223,9 @@ class RewardModel:
     def _probe(self, row: dict[str, list[int]]) -> None:
         """Finds the FLOPs of a forward by its rows and length, which is also what warms the device up.
 
-        With dense attention they are those that all rows share, and a parabola in the length for each, so that a few
-        short forwards under the counter say what all others take, without its overhead in what is timed. Where a longer
-        one says otherwise, as of attention in windows, each forward is counted as it runs.
+        With dense attention they are a parabola in the length for what all rows share, and one for each row, so that a
+        few short forwards under the counter say what all others take, without its overhead in what is timed. Where a
+        longer one says otherwise, as of attention in windows, each forward is counted as it runs.
         """
         self._probed = True
         longest = min(LONG_PROBE, self.context or LONG_PROBE)
@@ -228,14 +233,16 @@ class RewardModel:
             return
 
         def count(rows: int, length: int) -> int:
-            with _counter() as counter:
+            with flop_counter() as counter:
                 # Its last tokens, which some models look for, and others before them.
                 self._model(**self._collate([{key: (ids * length)[-length:] for key, ids in row.items()}] * rows))
             return counter.get_total_flops()
 
-        single = [count(1, length) for length in PROBES]
-        shared = 2 * single[0] - count(2, PROBES[0])
-        found = _Flops(shared, *_fit_parabola(PROBES, [counted - shared for counted in single]))
+        one, two = ([count(rows, length) for length in PROBES] for rows in (1, 2))
+        found = _Flops(
+            _fit_parabola(PROBES, [2 * alone - pair for alone, pair in zip(one, two, strict=True)]),
+            _fit_parabola(PROBES, [pair - alone for alone, pair in zip(one, two, strict=True)]),
+        )
         if found(2, longest) == count(2, longest):
             self._flops = found
 
@@ -344,18 +351,8 @@ def _context(model: Any, tokenizer: Any) -> int | None:
     return limit
 
 
-def _counter() -> FlopCounterMode:
-    """Counts what torch's own does, and the attention of CPUs, which that one overlooks."""
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-def _attention_flops(query: list[int], key: list[int], value: list[int], *_: object, **__: object) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _fit_parabola(lengths: Sequence[int], counts: Sequence[int]) -> tuple[Fraction, Fraction, Fraction]:
-    """The coefficients, exactly, of three points at even distances; the constant first."""
+def _fit_parabola(lengths: Sequence[int], counts: Sequence[int]) -> Parabola:
+    """That of three points at even distances, exactly."""
     (x0, x1, _), (y0, y1, y2) = lengths, counts
     step = x1 - x0
     square = Fraction(y2 - 2 * y1 + y0, 2 * step**2)
