@@ -13,7 +13,10 @@ DISTURBED = 0.02
 """The share of a call's time that its threads may wait for a core: beyond it, the call timed its neighbours."""
 
 BUSY_CYCLES = 1_000_000
-"""Half a millisecond of a GPU, several times what launching a graph of 64 steps takes the host."""
+"""Half a millisecond of a GPU: how long it is kept busy at first while a graph is launched."""
+
+REPLAYED = 64
+"""Steps in one graph, so that what a graph's start takes is little of a step."""
 
 Call = Callable[[], object]
 Clock = Callable[[Call], "float | None"]
@@ -51,10 +54,14 @@ def cuda_seconds(call: Call) -> float:
 
 
 class Replay:
-    """Some calls captured into one CUDA graph. Without CUDA, for runs that only try a benchmark out, the calls."""
+    """Some calls captured into one CUDA graph. Without CUDA, for runs that only try a benchmark out, the calls.
 
-    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
-        self._calls = calls
+    `before` is called before each replay that is timed, and not timed itself.
+    """
+
+    def __init__(self, calls: Sequence[Call], device: torch.device, before: Call = lambda: None) -> None:
+        self._calls, self._before = calls, before
+        self._busy_cycles = BUSY_CYCLES
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             side = torch.cuda.Stream()
@@ -75,18 +82,28 @@ class Replay:
         for call in self._calls:
             call()
 
-    def seconds_a_call(self, _call: Call | None = None) -> float:
-        """The GPU's own time from the first kernel's start to the last one's end, over the number of calls."""
+    def seconds_a_call(self, _call: Call | None = None, wait: int = 1) -> float:
+        """The GPU's own time from the first kernel's start to the last one's end, over the number of calls.
+
+        The GPU is kept busy while the graph is launched: on an idle one the launch would be part of the time. Whether
+        it was busy for long enough is asked of it, and where it was not, the sample is taken again after a longer wait;
+        `wait` times as long a one must not change the result.
+        """
         if self._graph is None:
+            self._before()
             return cpu_seconds(self) / len(self._calls)
-        # The GPU is kept busy while the graph is launched: on an idle one the launch would be part of the time.
-        torch.cuda._sleep(BUSY_CYCLES)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        self._graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3 / len(self._calls)
+        while True:
+            self._before()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(wait * self._busy_cycles)
+            start.record()
+            self._graph.replay()
+            launched_in_time = not start.query()
+            end.record()
+            end.synchronize()
+            if launched_in_time:
+                return start.elapsed_time(end) * 1e-3 / len(self._calls)
+            self._busy_cycles *= 2
 
 
 def _seconds_without_core() -> float:

@@ -7,16 +7,13 @@ import time
 
 import torch
 
-from bench.clocks import Call, Clock, Replay
+from bench.clocks import REPLAYED, Call, Clock, Replay
 
 FLOOR_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Far beyond any last-level cache, and on a GPU long enough that the launch does not count."""
 
 SHARE_OF_TIME = 0.2
 """Of a case's time, for its floors."""
-
-REPLAYED = 64
-"""Empty kernels in one graph."""
 
 
 class Floors:

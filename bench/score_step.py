@@ -4,41 +4,46 @@
 
 Contenders take turns within a round. "cold": each call reads hidden states that have left the caches since they were
 last read; "warm": those of the call before. "called" includes what it takes to get there; "replayed" is a CUDA graph of
-many steps, over their number. Before anything is timed, all must agree with a float64 reference; where one does not, no
-figure is printed. "call after call" is ours without rivals in between, each call on weights of its own.
+64 steps, over their number, on inputs that take turns and are several times the L2; before it others are read, not
+written, so that nothing is left to be written back meanwhile. Before anything is timed, all must agree with a float64
+reference; where one does not, no figure is printed. "call after call" is ours without rivals in between, each call on
+weights of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from bench import harness
-from bench.clocks import Replay
+from bench.clocks import REPLAYED, Replay
 from bench.floors import Floors
 from bench.harness import Bench
 from bench.results import Case, Labels
 from bench.rivals import Contender, ours, rivals
 from bench.shapes import LLAMA_8B, SHAPES, TINY
-from bench.summary import Sample
+from bench.summary import FEWEST_SAMPLES, Sample
+from bench.tables import in_bytes
 from swift_kernels import reference, schema
 
 DTYPE = torch.bfloat16
-INPUT_BYTES = 300 << 20
-"""Inputs that are rotated through; the last-level caches of today's machines hold a fraction of it."""
+INPUT_BYTES, L2_SIZES = 300 << 20, 5
+"""Inputs that are rotated through, and on a GPU as many of its L2 at least."""
 
 SAMPLES = {1: 150, 8: 80, 64: 40}
 """Of each contender, by the number of rows; 25 at more."""
 
-REPLAYED = 64
-"""Steps in one graph, at most."""
+LONGER_WAIT, WAIT_ROWS = 10, 64
+"""Graphs of steps of so many rows are timed with so much longer a wait as well, which must not change their time."""
 
-ROWS = (1, 8, 64, 256)
+ROWS = (64, 256, 1, 8, 512)
+"""The most telling first, for a run that is cut short."""
 FEW_ROWS = (1, 64, 512)
 EVERY_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -120,17 +125,25 @@ def measure(bench: Bench, model: str, entries: str, rows: int, cache: str, any_r
         # The steps of one graph share their weights, which stay in the L2.
         moved = hidden_bytes + (0 if replay else weight.nbytes)
         floors = Floors(bench.clock, bench.device, moved, cache, replay, bench.quick)
-        turns = (
-            replays(contenders, sets, cache, bench) if replay else calls(contenders, (weight, bias), sets, cache, bench)
-        )
+        notes, metrics = ["rivals compiled for any number of rows"] * any_rows, {}
+        if replay:
+            graphs = replays(contenders, sets, cache, bench)
+            samples_of = harness.take_turns({name: _replayed(graph) for name, graph in graphs.items()}, samples, floors)
+            notes.append(_method(sets, cache, bench))
+            if rows == WAIT_ROWS or bench.quick:
+                metrics[f"times as long after {LONGER_WAIT} times the wait"] = after_a_longer_wait(graphs)
+        else:
+            turns = calls(contenders, (weight, bias), sets, cache, bench)
+            samples_of = harness.take_turns(turns, samples, floors)
         bench.add(
             Case(
                 labels,
                 contenders[0].name,
-                harness.take_turns(turns, samples, floors),
+                samples_of,
                 floors=floors.seconds,
                 moved=moved,
-                note="rivals compiled for any number of rows" if any_rows else "",
+                metrics=metrics,
+                note="; ".join(notes),
             )
         )
 
@@ -192,22 +205,58 @@ def call_after_call(
 
 def replays(
     contenders: Sequence[Contender], sets: Sequence[Sequence[Tensor]], cache: str, bench: Bench
-) -> dict[str, Callable[[int], Sample]]:
-    """Graphs of many steps each, replayed. Cold: all on hidden states of their own, with the L2 overwritten before."""
-    every = sets[:REPLAYED] if cache == "cold" else [sets[0]] * REPLAYED
-    other = torch.empty(INPUT_BYTES if bench.device.type == "cuda" else 1, dtype=torch.int8, device=bench.device)
+) -> dict[str, Replay]:
+    """A graph of REPLAYED steps of each. Cold: on hidden states that take turns, with the caches full of others before.
 
-    def turn(contender: Contender) -> Callable[[int], Sample]:
-        replay = Replay([_bound(contender, hidden_states) for hidden_states in every], bench.device)
+    Others are read, not written: what was written would be written back while the graph runs, at its expense.
+    """
+    every = [sets[step % len(sets) if cache == "cold" else 0] for step in range(REPLAYED)]
+    others = torch.zeros(_flushed_bytes(bench) // 4, device=bench.device)
 
-        def sample(_turn: int) -> Sample:
-            if cache == "cold":
-                other.zero_()
-            return replay.seconds_a_call()
+    def flush() -> None:
+        if cache == "cold":
+            others.sum()
 
-        return sample
+    return {
+        contender.name: Replay([_bound(contender, hidden_states) for hidden_states in every], bench.device, flush)
+        for contender in contenders
+    }
 
-    return {contender.name: turn(contender) for contender in contenders}
+
+def _replayed(graph: Replay) -> Callable[[int], Sample]:
+    return lambda _turn: graph.seconds_a_call()
+
+
+def after_a_longer_wait(graphs: Mapping[str, Replay]) -> dict[str, float]:
+    """How many times as long a step takes where the GPU waits longer for the launch: 1, if none was too late."""
+    ratios = {}
+    for name, graph in graphs.items():
+        pairs = [(graph.seconds_a_call(), graph.seconds_a_call(wait=LONGER_WAIT)) for _ in range(FEWEST_SAMPLES)]
+        ratios[name] = statistics.median(longer / usual for usual, longer in pairs)
+    return ratios
+
+
+def _method(sets: Sequence[Sequence[Tensor]], cache: str, bench: Bench) -> str:
+    """How a step was replayed, for whoever reads the figures."""
+    if cache == "warm":
+        return f"{REPLAYED} steps a graph, all on one input"
+    inputs = sets[:REPLAYED]
+    nbytes = sum(entry.nbytes for entries in inputs for entry in entries)
+    return (
+        f"{REPLAYED} steps a graph on {len(inputs)} inputs in turn ({in_bytes(nbytes)}), after "
+        f"{in_bytes(_flushed_bytes(bench))} of others were read"
+    )
+
+
+def _flushed_bytes(bench: Bench) -> int:
+    return round_bytes(bench.device) if bench.device.type == "cuda" else 4
+
+
+def round_bytes(device: torch.device) -> int:
+    """Of the inputs that take turns: several times what any cache holds."""
+    if device.type != "cuda":
+        return INPUT_BYTES
+    return max(INPUT_BYTES, L2_SIZES * torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def _bound(contender: Contender, hidden_states: Sequence[Tensor]) -> Callable[[], object]:
@@ -227,7 +276,7 @@ def make_inputs(rows: int, widths: Sequence[int], device: torch.device, sets: in
     nbytes = rows * sum(widths) * DTYPE.itemsize
     return [
         [torch.empty(rows, width, dtype=DTYPE, device=device).normal_(generator=generator) for width in widths]
-        for _ in range(sets or max(3, -(-INPUT_BYTES // nbytes)))
+        for _ in range(sets or max(3, -(-round_bytes(device) // nbytes)))
     ]
 
 

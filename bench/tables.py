@@ -90,7 +90,9 @@ def in_bytes(nbytes: float) -> str:
 def counted(what: str, value: float) -> str:
     if "bytes" in what:
         return in_bytes(value)
-    return f"{value / 1e12:,.3g} T" if what == "FLOPs" else f"{value:,.0f}"
+    if what == "FLOPs":
+        return f"{value / 1e12:,.3g} T"
+    return f"{value:,.0f}" if float(value).is_integer() else digits(value)
 
 
 def digits(value: float) -> str:
