@@ -129,9 +129,10 @@ def main() -> None:
                 "tokens of prompt": PROMPT[bench.device.type],
                 "new tokens": new_tokens,
             }
-            if bench.wants(labels):
-                made = made or make_models(bench, options.layers)
-                measure(bench, labels, *made)
+            with bench.fitting(name):
+                if bench.wants(labels):
+                    made = made or make_models(bench, options.layers)
+                    measure(bench, labels, *made)
 
 
 def make_models(bench: Bench, layers: int | None) -> tuple[Any, Any, str]:

@@ -189,9 +189,11 @@ def main() -> None:
     with torch.no_grad(), Bench("decode", options) as bench:
         models: dict[str, tuple[Any, str]] = {}
         for model, how, rows, context in plan(options, bench):
-            if model not in models:
-                models = {model: make_model(model, bench)}  # one at a time in memory
-            measure(bench, *models[model], how, rows, context)
+            with bench.fitting(model):
+                if model not in models:
+                    models.clear()  # one at a time in memory
+                    models[model] = make_model(model, bench)
+                measure(bench, *models[model], how, rows, context)
 
 
 def plan(options: argparse.Namespace, bench: Bench) -> Iterator[tuple[str, str, int, int]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,6 +98,7 @@ class Bench:
         self._folder = results.folder_of(self.device, options.results)
         self._begun = time.monotonic()
         self._left_out: list[Labels] = []
+        self._begun_cases: list[Labels] = []
         self._impossible: list[str] = []
         settings = {"clock": self.clock.__name__, "quick": self.quick, **settings}
         if options.threads and not threads:
@@ -153,13 +156,30 @@ class Bench:
             self._left_out.append(labels)
             return False
         print(f"{self.result.name}: {Case(labels, '', {}).title()}", file=sys.stderr, flush=True)
+        self._begun_cases.append(labels)
         return True
 
     def leave_out(self, every: Sequence[Labels], why: str) -> None:
         """Tells that these cases cannot be measured here."""
         self._impossible += [f"not measured: {Case(labels, '', {}).title()}: {why}" for labels in every]
 
+    @contextmanager
+    def fitting(self, model: str) -> Iterator[None]:
+        """Around the cases of a model: those that the GPU's memory does not hold are left out, and others go on."""
+        self._begun_cases = []
+        short = False
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            short = True
+        if short:  # only now does nothing refer to what the case had made
+            gc.collect()
+            torch.cuda.empty_cache()
+            why = f"it needs more than the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of this GPU"
+            self.leave_out(self._begun_cases or [{"model": model}], why)
+
     def add(self, case: Case) -> None:
+        self._begun_cases = [labels for labels in self._begun_cases if labels != case.labels]
         self.result.cases.append(case)
         self.result.save(self._folder)
 

@@ -45,8 +45,9 @@ def main() -> None:
         lengths = options.lengths or ((8, 32) if bench.quick else LENGTHS)
         for length in lengths:
             labels: Labels = {"model": shape.name, "entries": f"{len(widths)} x {widths[0]}", "tokens": length}
-            if bench.wants(labels):
-                bench.add(measure(bench, head, labels, length))
+            with bench.fitting(shape.name):
+                if bench.wants(labels):
+                    bench.add(measure(bench, head, labels, length))
 
 
 def measure(bench: Bench, head: SwiftHead, labels: Labels, length: int) -> Case:

@@ -90,14 +90,20 @@ def main() -> None:
         lengths = make_lengths(*((3, 5) if bench.quick else (sequences, mean)))
         shape = TINY if bench.quick else LLAMA_8B
         widths = shape.widths("all")
-        every = [make_labels(shape.name, widths, lengths, heads) for heads in options.heads]
-        wanted = [[labels for labels in of_modes if bench.wants(labels)] for of_modes in every]
-        if any(wanted):
-            first = make_packed(lengths, widths, bench.device, 0)
-            more = range(1, 2 if bench.quick else -(-INPUT_BYTES // first.nbytes))
-            sets = [first, *(make_packed(lengths, widths, bench.device, seed) for seed in more)]
-            for of_modes in filter(None, wanted):
-                measure(bench, of_modes, widths, sets)
+        sets: list[Packed] = []
+        for heads in options.heads:
+            with bench.fitting(shape.name):
+                every = make_labels(shape.name, widths, lengths, heads)
+                if wanted := [labels for labels in every if bench.wants(labels)]:
+                    sets = sets or make_sets(bench, lengths, widths)
+                    measure(bench, wanted, widths, sets)
+
+
+def make_sets(bench: Bench, lengths: Sequence[int], widths: Sequence[int]) -> list[Packed]:
+    """Hidden states that take turns, where one of them would stay in the caches."""
+    first = make_packed(lengths, widths, bench.device, 0)
+    more = range(1, 2 if bench.quick else -(-INPUT_BYTES // first.nbytes))
+    return [first, *(make_packed(lengths, widths, bench.device, seed) for seed in more)]
 
 
 def make_labels(model: str, widths: Sequence[int], lengths: Sequence[int], heads: int) -> list[Labels]:

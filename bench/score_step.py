@@ -69,7 +69,8 @@ def main() -> None:
             if not options.sweep or shape != (model, entries):
                 torch.compiler.reset()
             shape = model, entries
-            measure(bench, model, entries, rows, cache, any_rows=options.sweep)
+            with bench.fitting(model):
+                measure(bench, model, entries, rows, cache, any_rows=options.sweep)
 
 
 def _implementation(options: argparse.Namespace) -> str:

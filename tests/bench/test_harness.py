@@ -7,6 +7,7 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from bench import harness, results
 from bench.harness import LEFT_OUT, Bench, take_turns
@@ -72,6 +73,26 @@ def test_what_is_left_for_lack_of_time_is_told(options, capsys):
         bench.__exit__(None, None, None)
     assert end.value.code == LEFT_OUT
     assert "not measured for lack of time: 8 rows, cold" in capsys.readouterr().out
+
+
+def test_what_a_gpu_does_not_hold_is_left_out_and_the_rest_goes_on(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(harness.torch.cuda, "mem_get_info", lambda: (1 << 30, 12_000_000_000))
+    with Bench("name", options) as bench:
+        with bench.fitting("8b"):
+            raise torch.OutOfMemoryError("as large as the model is")
+        for rows in (1, 64, 8):
+            with bench.fitting("8b"):
+                assert bench.wants(case(rows).labels)
+                if rows == 64:
+                    raise torch.OutOfMemoryError("as large as 64 rows are")
+                bench.add(case(rows))
+    [path] = tmp_path.glob("*/name.json")
+    assert Result.load(path).cases == [case(1), case(8)]
+    output = capsys.readouterr().out
+    assert "not measured: 8b: it needs more than the 12 GB of this GPU" in output
+    assert "not measured: 64 rows, cold: it needs more than the 12 GB of this GPU" in output
+    assert output.count("not measured") == 2
 
 
 def test_an_interrupted_run_leaves_what_was_measured(options, tmp_path):
