@@ -27,6 +27,16 @@ def dot_depth(widths: Sequence[int]) -> int:
     return 1 + -(-longest // 8) + 3 + chunks + 1
 
 
+def gate_error(logit: Tensor, gate: Tensor) -> Tensor:
+    """How far a gate may be off whose logit is exact, to first order; `tests/ops/approximations.py` has a GPU's errors.
+
+    A GPU takes e^-x as 2^(-x log2 e). The product and its factor round, which moves the power by |x| eps of itself, and
+    `ex2` by sqrt(2) eps more; both move the gate by 1 - gate times as much at most. The sum rounds by eps / 2, and the
+    quotient is off by 2 eps. What underflows becomes 0.
+    """
+    return (4 + logit.abs()) * EPS * gate + torch.finfo(torch.float32).tiny
+
+
 def oracle(tokens: Sequence[Sequence[Tensor]], head: SwiftHead) -> tuple[Tensor, Tensor]:
     """Score and error bound of each row, from the float64 definition.
 
@@ -35,7 +45,7 @@ def oracle(tokens: Sequence[Sequence[Tensor]], head: SwiftHead) -> tuple[Tensor,
 
     The bound is first order in eps. With n = `dot_depth`, gate and reward logits are off by n eps sum|W x|. A reward
     enters the score with weight g / sum g; a gate logit with weight g (r - score) / sum g, as sigmoid' <= sigmoid. The
-    sums over t tokens add (t + 4) eps of the mean |r|, 4 for sigmoid, product, clamp and division.
+    sums over t tokens add (t + 4) eps of the mean |r|, 4 for product, clamp and division, and the gates `gate_error`.
     """
     scores, bounds = [], []
     for entries in tokens:
@@ -54,9 +64,11 @@ def oracle(tokens: Sequence[Sequence[Tensor]], head: SwiftHead) -> tuple[Tensor,
         if head.config.gate:
             scale = scale + magnitude[:, 0] * (reward - score).abs()
         depth = dot_depth(head.config.widths)
-        error = depth * (gate * scale).sum() + (count + 4) * (gate * reward.abs()).sum()
+        error = EPS * (depth * (gate * scale).sum() + (count + 4) * (gate * reward.abs()).sum())
+        if head.config.gate:
+            error = error + (gate_error(logits[:, 0], gate) * (reward - score).abs()).sum()
         scores.append(score)
-        bounds.append(EPS * error / gate.sum())
+        bounds.append(error / gate.sum())
     return torch.stack(scores), torch.stack(bounds)
 
 
@@ -136,12 +148,12 @@ def sequence_oracle(
 ) -> SequenceOracle:
     """Values by autograd in float64; bounds first order in u = eps / 2, with a margin of 5% for the rest.
 
-    d(x) is the bound of x. With n = `dot_depth`: d(logit) = n u sum|W x|. A sigmoid has a slope of at most 1/4, and
-    rounds its exponential, addition and division: d(g) = d(a) / 4 + 4 u g. Over the k tokens of a sequence, with
-    G = sum g and s = sum g r / G, each sum rounds k times and each product or quotient once:
-        d(G) = sum d(g) + k u G                d(s) = sum(|r - s| d(g) + g d(r)) / G + (2 k + 3) u sum(g |r|) / G
+    d(x) is the bound of x. With n = `dot_depth`: d(logit) = n u sum|W x|. A sigmoid has a slope of at most 1/4, and is
+    computed to `gate_error`: d(g) = d(a) / 4 + gate_error. Over the k tokens of a sequence, with G = sum g and
+    s = sum g r / G, each sum rounds k times, each product once, and a quotient is off by 2 eps on a GPU:
+        d(G) = sum d(g) + k u G                d(s) = sum(|r - s| d(g) + g d(r)) / G + (2 k + 6) u sum(g |r|) / G
     The logits' gradients are p = (grad / G) g for the reward and p (1 - g) (r - s) for the gate, so
-        d(p) = |p| (d(G) / G + 2 u) + |grad / G| d(g)
+        d(p) = |p| (d(G) / G + 5 u) + |grad / G| d(g)
         d(gate) = d(p) (1 - g) |r - s| + |p| (d(g) + u) |r - s| + |p| (1 - g) (d(r) + d(s) + u |r - s|) + 2 u |gate|
     They are summed over the tokens (with m = `weighted_sum_depth` for the weight, at most every token for the bias), or
     over the outputs for the entries, and rounded to the dtype of what they are the gradient of.
@@ -166,17 +178,20 @@ def sequence_oracle(
     score = scores.detach().nan_to_num(0.0)
     gate, reward = gate_reward.detach().unbind(-1)
     d_reward = logit_bound.unflatten(1, (heads, -1))[..., -1]
-    d_gate = logit_bound.unflatten(1, (heads, -1))[..., 0] / 4 + 4 * u * gate if gated else torch.zeros_like(gate)
+    d_gate = torch.zeros_like(gate)
+    if gated:
+        gate_logit = logits.detach().unflatten(1, (heads, -1))[..., 0]
+        d_gate = logit_bound.unflatten(1, (heads, -1))[..., 0] / 4 + gate_error(gate_logit, gate)
     count = cu_seqlens.diff()[:, None]
     total = over_sequences(gate).clamp_min(reference.GATE_SUM_FLOOR)
     distance = (reward - score[sequence]).abs()
     d_total = over_sequences(d_gate) + count * u * total
     d_score = over_sequences(distance * d_gate + gate * d_reward) / total
-    d_score = d_score + (2 * count + 3) * u * over_sequences(gate * reward.abs()) / total
+    d_score = d_score + (2 * count + 6) * u * over_sequences(gate * reward.abs()) / total
 
     scale = (grad_scores.double() / total)[sequence].abs()
     p = scale * gate
-    d_p = p * ((d_total / total)[sequence] + 2 * u) + scale * d_gate
+    d_p = p * ((d_total / total)[sequence] + 5 * u) + scale * d_gate
     d_logits = d_p
     if gated:
         d_distance = d_reward + d_score[sequence] + u * distance

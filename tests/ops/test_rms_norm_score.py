@@ -18,7 +18,7 @@ import triton.language as tl
 from swift_kernels import checks, reference, schema
 from swift_kernels.ops.rms_norm_score import MAX_BLOCK, rms_norm_score_triton, rms_norm_triton
 from swift_kernels.state import ScoreState
-from tests.oracle import EPS, dot_depth
+from tests.oracle import EPS, dot_depth, gate_error
 
 if triton.knobs.runtime.interpret:
     DEVICE = "cpu"
@@ -176,8 +176,8 @@ def random_step(
 def assert_step_is_right(step: Step) -> None:
     """Runs a step and compares everything it writes with the float64 definition, on what the last norm has returned.
 
-    A logit is off by at most depth * eps * sum|W x|; a gate by a quarter of that (sigmoid' <= 1/4) and 4 eps for the
-    exponential, the sum and the division; sums by what goes into them and one rounding each of the product and the sum.
+    A logit is off by at most depth * eps * sum|W x|; a gate by a quarter of that (sigmoid' <= 1/4) and `gate_error`;
+    sums by what goes into them and one rounding each of the product and the sum.
     """
     state, rows = step.state, len(step.slots)
     sums, count = state.sums.double(), state.token_count.clone()
@@ -191,17 +191,20 @@ def assert_step_is_right(step: Step) -> None:
     scored = [*step.hidden_states[:-1], outputs[-1] if step.score_last_output else step.hidden_states[-1]]
     x = torch.cat([entry[live].double() for entry in scored], dim=1)
     weight, bias = step.weight.double(), step.bias.double()
-    gate, reward = reference.gate_and_reward(x @ weight.T + bias)
+    logits = x @ weight.T + bias
+    gate, reward = reference.gate_and_reward(logits)
     logit_error = dot_depth(state.widths) * EPS * (x.abs() @ weight.abs().T + bias.abs())
     reward_error = logit_error[:, -1]
-    gate_error = logit_error[:, 0] / 4 + 4 * EPS if len(bias) == 2 else torch.zeros_like(reward_error)
-    weighted_error = gate_error * reward.abs() + gate * reward_error + EPS * (gate * reward).abs()
+    error_of_gate = torch.zeros_like(reward_error)
+    if len(bias) == 2:
+        error_of_gate = logit_error[:, 0] / 4 + gate_error(logits[:, 0], gate)
+    weighted_error = error_of_gate * reward.abs() + gate * reward_error + EPS * (gate * reward).abs()
 
     assert (gate_reward[~live] == -1).all(), "a skipped row was written"
-    assert ((gate_reward[live, 0] - gate).abs() <= gate_error).all()
+    assert ((gate_reward[live, 0] - gate).abs() <= error_of_gate).all()
     assert ((gate_reward[live, 1] - reward).abs() <= reward_error).all()
     expected = sums.index_add(0, slots, torch.stack([gate * reward, gate], dim=1))
-    errors = torch.stack([weighted_error, gate_error], dim=1) + EPS * expected[slots].abs()
+    errors = torch.stack([weighted_error, error_of_gate], dim=1) + EPS * expected[slots].abs()
     assert ((state.sums[slots] - expected[slots]).abs() <= errors).all()
     untouched = torch.ones(state.slots, dtype=torch.bool, device=DEVICE).index_fill_(0, slots, False)
     assert torch.equal(state.sums[untouched].double(), sums[untouched]), "another slot was written"

@@ -17,7 +17,7 @@ from swift_kernels import checks, reference, schema
 from swift_kernels.ops.chunks import TILE_ROWS, TILES
 from swift_kernels.ops.score_step import score_step_triton
 from swift_kernels.state import ScoreState
-from tests.oracle import EPS, dot_depth
+from tests.oracle import EPS, dot_depth, gate_error
 
 if triton.knobs.runtime.interpret:
     DEVICE = "cpu"
@@ -94,8 +94,8 @@ def random_step(
 def assert_step_is_right(step: Step) -> None:
     """Runs a step and compares everything it writes with the float64 definition.
 
-    A logit is off by at most depth * eps * sum|W x|; a gate by a quarter of that (sigmoid' <= 1/4) and 4 eps for the
-    exponential, the sum and the division; sums by what goes into them and one rounding each of the product and the sum.
+    A logit is off by at most depth * eps * sum|W x|; a gate by a quarter of that (sigmoid' <= 1/4) and `gate_error`;
+    sums by what goes into them and one rounding each of the product and the sum.
     """
     state, rows = step.state, len(step.slots)
     sums, count = state.sums.double(), state.token_count.clone()
@@ -110,14 +110,16 @@ def assert_step_is_right(step: Step) -> None:
     x = torch.cat([entry[live].double() for entry in step.hidden_states], dim=1).abs()
     logit_error = dot_depth(state.widths) * EPS * (x @ weight.abs().T + bias.abs())
     reward_error = logit_error[:, -1]
-    gate_error = logit_error[:, 0] / 4 + 4 * EPS if len(bias) == 2 else torch.zeros_like(reward_error)
     gate, reward = expected[live].unbind(1)
-    weighted_error = gate_error * reward.abs() + gate * reward_error + EPS * (gate * reward).abs()
+    error_of_gate = torch.zeros_like(reward_error)
+    if len(bias) == 2:
+        error_of_gate = logit_error[:, 0] / 4 + gate_error(gate.logit(), gate)
+    weighted_error = error_of_gate * reward.abs() + gate * reward_error + EPS * (gate * reward).abs()
 
     assert torch.equal(gate_reward[~live], expected[~live].float()), "a skipped row was written"
-    assert ((gate_reward[live, 0] - gate).abs() <= gate_error).all()
+    assert ((gate_reward[live, 0] - gate).abs() <= error_of_gate).all()
     assert ((gate_reward[live, 1] - reward).abs() <= reward_error).all()
-    errors = torch.stack([weighted_error, gate_error], dim=1) + EPS * sums[slots].abs()
+    errors = torch.stack([weighted_error, error_of_gate], dim=1) + EPS * sums[slots].abs()
     assert ((state.sums[slots] - sums[slots]).abs() <= errors).all()
     untouched = torch.ones(state.slots, dtype=torch.bool, device=DEVICE).index_fill_(0, slots, False)
     assert torch.equal(state.sums[untouched].double(), sums[untouched]), "another slot was written"

@@ -17,7 +17,7 @@ from swift_kernels import checks, reference, schema
 from swift_kernels.ops import project
 from swift_kernels.ops.pool import BLOCK, pool_backward_triton, pool_triton
 from swift_kernels.ops.project import GRAD_BLOCK, MAX_OUTPUTS, project_backward_triton, project_triton
-from tests.oracle import EPS, Bounded, dot_depth, sequence_oracle, weighted_sum_depth
+from tests.oracle import EPS, Bounded, dot_depth, gate_error, sequence_oracle, weighted_sum_depth
 
 if triton.knobs.runtime.interpret:
     DEVICE = "cpu"
@@ -107,22 +107,25 @@ def assert_project_backward_is_right(entries: Sequence[Tensor], grad_logits: Ten
 
 
 def assert_pool_is_right(logits: Tensor, cu_seqlens: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """A gate rounds its exponential, sum and quotient; a sequence of k tokens adds k rounded products and divides.
+    """A gate is off by `gate_error`; a sequence of k tokens adds k rounded products, and divides to 2 eps.
 
-    A relative error of every term, or one of sum(g), moves a score by as much of sum(g |r|) / sum(g).
+    An error of a gate moves a score by as much of (r - score) / sum(g). A relative one of every term, or of sum(g),
+    moves it by as much of sum(g |r|) / sum(g).
     """
     scores, gate_reward = pool_triton(logits, cu_seqlens, gated)
     cu_seqlens = cu_seqlens.cpu()
     expected, expected_tokens = reference.pool(logits.cpu().double(), cu_seqlens, gated)
     gate, reward = expected_tokens.unbind(-1)
     assert torch.equal(gate_reward[..., 1].cpu().double(), reward)
-    Bounded(gate, (4 * EPS * gate + 1e-38) if gated else 0 * gate).check(gate_reward[..., 0], "gates")
+    error_of_gate = gate_error(logits.cpu().double()[:, 0::2], gate) if gated else torch.zeros_like(gate)
+    Bounded(gate, error_of_gate).check(gate_reward[..., 0], "gates")
     lengths = cu_seqlens.diff()
     sequence = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
-    magnitude, gates = (
-        torch.zeros_like(expected).index_add(0, sequence, values) for values in (gate * reward.abs(), gate)
+    moved = error_of_gate * (reward - expected[sequence]).abs()
+    moved, magnitude, gates = (
+        torch.zeros_like(expected).index_add(0, sequence, values) for values in (moved, gate * reward.abs(), gate)
     )
-    bound = 2 * (lengths[:, None] + 8) * UNIT_ROUNDOFF * magnitude / gates.clamp_min(reference.GATE_SUM_FLOOR)
+    bound = 1.05 * (moved + (lengths[:, None] + 3) * EPS * magnitude) / gates.clamp_min(reference.GATE_SUM_FLOOR)
     Bounded(expected, bound).check(scores, "scores")
     return scores, gate_reward
 
@@ -254,7 +257,7 @@ def test_the_score_of_a_sequence_is_bitwise_the_same_alone_and_beside_nan(gated)
 
 
 def test_gates_that_underflow_give_zero_and_the_gradient_of_the_clamp():
-    """With four tokens at most a score has 10 roundings and a gradient 20 of 6e-8, and rewards are 3 at most."""
+    """The gates of 3e-10 are off by 26 eps (`gate_error`), and a score of three of them is 0.3 at most: by 9e-7."""
     logits = randn(9, 4)
     logits[2:6, 0] = -200.0
     logits[6:, 2] = math.log(1e-9 / 3)
