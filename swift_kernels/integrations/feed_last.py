@@ -35,9 +35,10 @@ class FeedLast:
         inputs = dict(self.inputs)
         returned = not isinstance(output, Tensor)
         sequences = output.sequences if returned else output
+        if run.length > sequences.shape[1]:
+            return  # a stop that was noticed a forward late: that one has fed it, and `generate` took its token back
         if scorer._whole_sequences:
             token_ids = sequences
-            inputs.pop("position_ids", None)
         else:
             token_ids = sequences[:, -1:]
             if returned:  # the caller's cache keeps its length
@@ -46,6 +47,9 @@ class FeedLast:
             mask = inputs["attention_mask"]
             inputs["attention_mask"] = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
         if "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
+            before = inputs["position_ids"]
+            following = before[..., -1:] + 1
+            whole = scorer._whole_sequences
+            inputs["position_ids"] = torch.cat([before, following], dim=-1) if whole else following
         scorer.model(input_ids=token_ids, use_cache=not scorer._whole_sequences, **inputs)
         scorer._keep(run)

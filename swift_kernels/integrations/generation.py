@@ -28,6 +28,8 @@ class Run:
         self.live = torch.ones(rows, dtype=torch.bool, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.length = 0
+        """Tokens of a row, the prompt's included, as of the last one sampled."""
         self.trace: list[tuple[Tensor, Tensor]] = []
         self.complete = False
 

@@ -376,7 +376,7 @@ class Scorer:
         self._whole_sequences = not config.use_cache
         return _Criteria(original(*args, **kwargs), self._sampled)
 
-    def _sampled(self, token_ids: Tensor, done: Tensor, ended: Tensor) -> None:
+    def _sampled(self, sequences: Tensor, done: Tensor, ended: Tensor) -> None:
         """Called with every sampled token: settles what the last forward fed, and decides what the next will."""
         run, rows = self._run, done.shape[0]
         if run is None:
@@ -391,10 +391,11 @@ class Scorer:
                     "before attach() does not run its hooks; attach first, then compile"
                 )
             if self._late is not None:
-                self._late.settle(token_ids, *self._present())
+                self._late.settle(sequences[:, -1], *self._present())
             self._keep(run)
         self._scored = False
         assert self._slots is not None
+        run.length = sequences.shape[1]
         run.advance(done, ended, self._slots, feed_last=self.head.config.span == "all")
 
     def _keep(self, run: Run) -> None:
@@ -503,5 +504,5 @@ class _Criteria(transformers.StoppingCriteriaList):
             done = done | met
             if not isinstance(criterion, transformers.MaxLengthCriteria | transformers.MaxTimeCriteria):
                 ended = ended | met
-        self.sampled(input_ids[:, -1], done, ended)
+        self.sampled(input_ids, done, ended)
         return done
