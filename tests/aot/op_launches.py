@@ -254,7 +254,7 @@ def _node_bytes(node: Any, graph: Any) -> int:
     if isinstance(node, ExternKernelSchedulerNode):
         call = node.node.fx_node
         args, kwargs = torch.fx.map_arg((call.args, call.kwargs), lambda argument: argument.meta["val"])
-        return bytes_moved(call.target, args, kwargs, call.meta["val"])
+        return bytes_moved(call.target, args, kwargs, call.meta.get("val"))  # none of what returns nothing
     made = {dependency.name for dependency in node.read_writes.writes}
     elements: Counter[tuple[str, str]] = Counter()
     for kind, dependencies in (("read", node.read_writes.reads), ("write", node.read_writes.writes)):

@@ -76,6 +76,21 @@ def test_another_triton_is_held_to_the_hard_rules_alone(audit):
         assert audit({NAME: GOOD | WORSE[name][0]})[0] == 1
 
 
+def test_what_another_triton_does_worse_passes_once_it_is_noted_and_no_further(audit):
+    worse = {NAME: GOOD | WORSE["spills"][0] | WORSE["all loads narrower"][0]}
+    with pytest.raises(SystemExit) as end:
+        report.main(["--note"])
+    assert end.value.code == 2, "the baseline's own Triton may do nothing worse"
+    baseline = json.loads(report.BASELINE.read_text())
+    report.BASELINE.write_text(json.dumps({**baseline, "triton": "0.0"}))
+    assert audit(worse)[0] == 1
+    assert audit(worse, "--note")[0] == 0
+    assert audit(worse)[0] == 0
+    for more in ({"spills": 4}, {"local_bytes": 8}, {"load_bits": {"x_ptr": {"32": 64}}}, WORSE["order"][0]):
+        assert audit({NAME: worse[NAME] | more})[0] == 1
+    assert audit({NAME: GOOD | WORSE["order"][0]}, "--note")[0] == 1, "a broken order is never noted away"
+
+
 def test_what_spills_does_not_pass_by_updating(audit):
     assert audit({NAME: GOOD | WORSE["spills"][0]}, "--update")[0] == 1
 

@@ -154,3 +154,13 @@ def test_more_than_the_baseline_is_named():
     assert "101 bytes" in line
     [line] = worse([{**entry, "layers": 3}], [entry])
     assert "not in the baseline" in line
+
+
+def test_with_other_libraries_only_what_is_added_to_the_bare_model_counts():
+    bare = {"mode": "eager", "cache": "dynamic", "layers": 2, "variant": "bare", "launches": 10, "bytes": 100}
+    gather = {**bare, "variant": "gather", "launches": 11, "bytes": 130}
+    later = [{**bare, "launches": 12, "bytes": 180}, {**gather, "launches": 13, "bytes": 210}]
+    assert worse(later, [bare, gather], same_versions=False) == []
+    assert len(worse(later, [bare, gather])) == 4
+    [line] = worse([later[0], {**later[1], "launches": 14}], [bare, gather], same_versions=False)
+    assert line == "gather, eager, dynamic cache, 2 layers: 2 launches, 1 in the baseline"
