@@ -1,14 +1,13 @@
 """What transformers does where it does not wait for the device: one forward more after every row is done.
 
-It decides to on MPS alone, as of transformers 5.24; here it is made to on a CPU. That forward's tokens are taken back, and
-nothing of it may be scored.
+It decides to on MPS alone, as of transformers 5.24; here it is made to on a CPU. That forward's tokens are taken back,
+and nothing of it may be scored.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from swift_kernels import SwiftHead, attach
 from tests.architectures import tiny_model
