@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in stages that end in time: `make gpu STAGE=1` in 400 s, then 2 in 225 s; 3 has the rest.
+"""Everything that needs a GPU, in stages that end in time: `make gpu STAGE=1` in 400 s, 2 in 225 s; 3 has the rest.
 
     python -m bench.gpu --stage 1 --output FOLDER [--seconds 400] [--failed FILE]
 
@@ -48,8 +48,7 @@ def main() -> None:
     parser.add_argument("--failed", type=Path, help="failed_tests.json of an earlier stage, of another checkout")
     parser.add_argument("--dry-run", action="store_true", help="on tiny shapes, without a GPU")
     options = parser.parse_args()
-    # A shell that runs this in the background has its children ignore interrupts, which steps are ended by.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruptible()
     if options.failed:
         use_failed(options.failed)
     if options.dry_run:
@@ -58,6 +57,11 @@ def main() -> None:
         raise SystemExit(dry_run([options.stage] if options.stage else list(STAGES), options.output))
     stage = options.stage or 1
     raise SystemExit(run_stage(stage, options.output, options.seconds or LIMITS[stage]))
+
+
+def interruptible() -> None:
+    """Has the children of this process heed interrupts, which a shell has what it runs in the background ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_stage(stage: int, output: Path, seconds: float) -> bool:

@@ -14,7 +14,7 @@ from bench import kernel_cache, report, results, tables
 from bench.gpu import step_variables
 from bench.results import Result
 from bench.stage_log import StageLog
-from bench.stages import DRY_RUN, LIMITS, STAGES, WORKERS, Benchmark, FailedTests, Step, Tests
+from bench.stages import DRY_RUN, LIMITS, STAGES, WORKERS, Benchmark, PytestRerun, PytestRun, Step
 from bench.steps import FINE, Outcome, run
 from bench.targets import targets_table
 
@@ -26,8 +26,8 @@ SANITIZED = 30
 QUICK_POINTS = {"score_step": 2, "decode": 2}
 """Shapes of a quick run, where it has more than one."""
 
-Estimate = tuple["int | None", "int | None", "float | None"]
-"""Tests, kernels that they need, and seconds of a step."""
+Estimate = tuple["int | None", "int | None", "float | None", "float | None"]
+"""Tests, kernels that they need, and seconds of a step, where these were compiled ahead, and where they were not."""
 
 
 def dry_run(stages: Sequence[int], output: Path) -> bool:
@@ -40,22 +40,24 @@ def dry_run(stages: Sequence[int], output: Path) -> bool:
     failed, missing = [], []
     for stage in stages:
         log = StageLog(f"dry-run-{stage}", output / f"stage-{stage}" if len(stages) > 1 else output)
-        rows, total = [["step", "limit, s", "tests", "kernels", "estimate, s"]], 0.0
+        rows = [["step", "limit, s", "tests", "kernels", "estimate, s", "without kernels ahead, s"]]
+        totals = [0.0, 0.0]
         for step in STAGES[stage]:
             outcome = run_step(step, log)
             if isinstance(step, Benchmark):
                 benchmarks.setdefault(step.module, outcome)  # the second time there is nothing left to do
-            *counts, seconds = estimate(step, log.printed(), facts, benchmarks)
-            total += seconds or 0.0
-            figures = ("" if value is None else f"{value:.0f}" for value in (step.limit, *counts, seconds))
-            rows.append([step.name, *figures])
+            found = estimate(step, log.printed(), facts, benchmarks)
+            totals = [total + (seconds or 0.0) for total, seconds in zip(totals, found[2:], strict=True)]
+            rows.append([step.name, *("" if value is None else f"{value:.0f}" for value in (step.limit, *found))])
             failed += [step.name] if outcome.status not in FINE else []
             if step.xml:
                 log.keep(step.xml)
             log.keep()
             log.keep_json("steps.json", [dict(zip(rows[0], row, strict=True)) for row in rows[1:]])
             log.keep_folder(folder, "results.tar.gz")
-        print(f"\nstage {stage}: {total:.0f} s estimated of {LIMITS[stage]} s\n{tables.markdown(rows)}")
+        ahead, without = (f"{total:.0f} s" for total in totals)
+        print(f"\nstage {stage}: {ahead} estimated of {LIMITS[stage]} s, {without} without kernels compiled ahead")
+        print(tables.markdown(rows))
         files = sorted(path.name for path in log.output.iterdir() if path.is_file())
         print(f"{len(files)} files in {log.output}: {', '.join(files)}\n", flush=True)
         missing += [f"no more than {MOST_FILES} files"] if len(files) > MOST_FILES else []
@@ -70,7 +72,7 @@ def dry_run(stages: Sequence[int], output: Path) -> bool:
 def run_step(step: Step, log: StageLog) -> Outcome:
     log.begin(step.name, step.dry_command())
     # Without a GPU kernel tests are only there to collect under the interpreter, which benchmarks do without.
-    variables = step_variables() | ({"TRITON_INTERPRET": "1"} if isinstance(step, Tests) else {})
+    variables = step_variables() | ({"TRITON_INTERPRET": "1"} if isinstance(step, PytestRun) else {})
     outcome = run(step.dry_command(), LIMIT, log.path, variables, log.keep)
     log.end(step.name, outcome)
     return outcome
@@ -94,19 +96,24 @@ def estimate(step: Step, printed: str, facts: dict[str, Any], benchmarks: dict[s
     run as well. A benchmark is taken to last what its quick run did here, which starts and compiles rivals, once for
     each shape.
     """
-    if isinstance(step, FailedTests):
-        return None, None, None
+    if isinstance(step, PytestRerun):
+        return None, None, None, None
     if isinstance(step, Benchmark):
         shapes = max(1.0, step.points / QUICK_POINTS.get(step.module, 1))
-        return None, None, min(step.limit, benchmarks[step.module].seconds * shapes)
-    if not isinstance(step, Tests):
-        return None, None, step.expected
-    found = re.search(r"^(\d+)(?:/\d+)? tests? collected", printed, re.MULTILINE)
-    tests = int(found[1]) if found else 0
+        seconds = min(step.limit, benchmarks[step.module].seconds * shapes)
+        return None, None, seconds, seconds
+    if not isinstance(step, PytestRun):
+        return None, None, step.expected, step.expected
+    collected = re.search(r"^(\d+)(?:/\d+)? tests? collected", printed, re.MULTILINE)
+    tests = int(collected[1]) if collected else 0
     parts = [part for file, part in facts.get("parts", {}).items() if file in step.arguments]
-    if not parts:
-        return tests, None, None
-    a_test = sum(part["seconds"] - part["compiling"] for part in parts) / sum(part["tests"] for part in parts)
-    a_test *= SANITIZED if step.prefix else 1
+    if not parts:  # nobody has counted
+        return tests, None, None, None
+    of_all = {what: sum(part[what] for part in parts) for what in ("tests", "compiled", "compiling", "seconds")}
+    a_test = (of_all["seconds"] - of_all["compiling"]) / of_all["tests"] * (SANITIZED if step.prefix else 1)
     workers = WORKERS if step.shared else 1
-    return tests, sum(part["compiled"] for part in parts), step.expected + tests * a_test / workers
+    # As many as its tests are of all in these files.
+    kernels = round(of_all["compiled"] * min(1.0, tests / of_all["tests"]))
+    a_kernel = of_all["compiling"] / of_all["compiled"]
+    seconds = step.expected + tests * a_test / workers
+    return tests, kernels, seconds, seconds + kernels * a_kernel / workers

@@ -84,8 +84,8 @@ class Benchmark(Step):
 
 
 @dataclass(frozen=True)
-class Tests(Step):
-    """Those of files, by `pytest -v`: its log names each, and whether it passed."""
+class PytestRun(Step):
+    """Tests of some files, by `pytest -v`: its log names each, and whether it passed."""
 
     chosen: str = ""
     """By words in their names, as pytest's -k has it."""
@@ -114,8 +114,8 @@ class Tests(Step):
 
 
 @dataclass(frozen=True)
-class FailedTests(Tests):
-    """Those that failed before, one after the other, with all there is to know of why."""
+class PytestRerun(PytestRun):
+    """The tests that failed before, one after the other, with all there is to know of why."""
 
     def why_not(self) -> str | None:
         return None if failed_before() else "not run: no test is known to have failed"
@@ -155,7 +155,7 @@ STAGES: dict[int, list[Step]] = {
         MACHINE,
         # 100,000 launches twice, at 20 us for the host, and the comparison of half of them.
         Script("stress", ("-m", "bench.gpu_stress", "--launches", "100000"), limit=60, expected=20),
-        Tests(
+        PytestRun(
             "tests",
             (*KERNELS, ATTACH),
             limit=150,
@@ -170,8 +170,8 @@ STAGES: dict[int, list[Step]] = {
         benchmark("memory", "--lengths", "32,32768", limit=45),
     ],
     2: [
-        FailedTests("failed", (), limit=45),
-        Tests(
+        PytestRerun("failed", (), limit=45),
+        PytestRun(
             "compiled",
             (ATTACH,),
             limit=75,
@@ -179,7 +179,7 @@ STAGES: dict[int, list[Step]] = {
             shared=True,
             environment={"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"},
         ),
-        Tests(
+        PytestRun(
             "memcheck",
             KERNELS[:1],
             limit=45,
@@ -200,14 +200,14 @@ STAGES: dict[int, list[Step]] = {
         benchmark("score_sequence", limit=90, points=2),
         benchmark("memory", limit=60, points=4),
         benchmark("greedy_difference", "--answers", "200", limit=60),
-        Tests(
+        PytestRun(
             "every_test",
             (*KERNELS, ATTACH),
             limit=400,
             shared=True,
             environment={"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"},
         ),
-        Tests(
+        PytestRun(
             "memcheck_of_all",
             KERNELS,
             limit=300,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
-from bench import gpu, report, results, targets
+from bench import report, results, targets
 from bench.results import RESULTS, Case, Result
+from bench.stages import STAGES, Benchmark
 from bench.targets import NOT_MEASURED
 
 FIX = "run python -m bench.report and commit what it writes"
@@ -94,52 +94,11 @@ def test_a_readme_without_markers_is_refused():
         report.with_block("# title\n", "table")
 
 
-def test_a_stage_ends_on_time_and_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
-    """The stages with commands of their own in place of benchmarks, as if this machine had a GPU."""
-    count = tmp_path / "count"
-    counting = (
-        f"from pathlib import Path; p = Path({str(count)!r}); p.write_text(p.read_text() + 'x' if p.exists() else 'x')"
-    )
-    steps = [
-        gpu.Step("passes", ["-c", counting]),
-        gpu.Step("fails", ["-c", "raise SystemExit('why')"]),
-        # Its child would hold the output open.
-        gpu.Step("hangs", ["-c", "import subprocess; subprocess.run(['sleep', '60'])"]),
-        gpu.Step("comes too late", ["-c", counting]),
-        gpu.Step("lacks its tool", ["-c", counting], prefix=("no-such-tool",)),
-    ]
-    monkeypatch.setattr(gpu, "STAGES", {1: steps})
-    monkeypatch.setattr(gpu, "LIMIT_SECONDS", 3)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    monkeypatch.setattr(results, "folder_of", lambda device: tmp_path / "device")
-    monkeypatch.setattr(results, "environment", lambda device: dict.fromkeys(results.SAME, "one"))
-    assert gpu.run_stage(1)
-    output = capsys.readouterr().out
-    assert "passes: exit status 0" in output
-    assert "fails: exit status 1" in output
-    assert "why" in output
-    assert "hangs: exit status 124" in output
-    assert "comes too late: exit status 124, 0 s" in output
-    assert gpu.run_stage(1)
-    assert count.read_text() == "xx", "what had passed was not run again, what had come too late was, before the hang"
-    output = capsys.readouterr().out
-    assert "not run: no-such-tool is not on the PATH" in output
-    steps[1:3] = []
-    log = tmp_path / "device" / "stage_1.json"
-    outcomes = json.loads(log.read_text())
-    outcomes["outcomes"] = {name: outcomes["outcomes"][name] for name in ("passes", "comes too late")}
-    log.write_text(json.dumps(outcomes))
-    assert not gpu.run_stage(1), "a tool that is not there is no failure"
-    monkeypatch.setattr(results, "environment", lambda device: dict.fromkeys(results.SAME, "another"))
-    gpu.run_stage(1)
-    assert count.read_text() == "xxxx"
-
-
 def test_every_benchmark_has_its_place_in_a_stage():
-    scripts = {path.stem for path in Path(gpu.__file__).parent.glob("*.py") if "Bench(" in path.read_text()} - {
+    scripts = {path.stem for path in Path(report.__file__).parent.glob("*.py") if "Bench(" in path.read_text()} - {
         "harness"
     }
-    staged = {step.arguments[1].removeprefix("bench.") for stage in gpu.STAGES.values() for step in stage}
+    staged = {step.module for stage in STAGES.values() for step in stage if isinstance(step, Benchmark)}
     assert scripts <= staged
     in_make = (report.README.parent / "Makefile").read_text()
     assert all(name in in_make for name in report.SECTIONS)
