@@ -24,7 +24,7 @@ KERNELS = tuple(f"tests/ops/test_{op}.py" for op in ("score_step", "rms_norm_sco
 """All tests of these: most are not marked for a GPU, and run on whatever runs Triton."""
 ATTACH = "tests/integrations/test_gpu.py"
 WORKERS, GB_A_WORKER = 6, 12
-"""Processes that share the tests, and what the largest of them take of a GPU's memory."""
+"""Processes that share the tests, and what the largest test takes of a GPU's memory."""
 
 
 @dataclass(frozen=True)

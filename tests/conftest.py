@@ -16,6 +16,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+ENOUGH_GB = 12
+"""Of a GPU's memory: no test takes more."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """Skips what a small GPU does not hold; on any other, running out of memory is a failure."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+        if memory >= ENOUGH_GB:
+            raise
+        pytest.skip(f"needs more than the {memory:.0f} GB of this GPU")
+
+
 @pytest.fixture(scope="session", params=["smollm2", "gemma3-270m"])
 def real_model(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A model with its real weights, and its tokenizer."""
