@@ -91,18 +91,21 @@ def run_stage(stage: int, output: Path, seconds: float) -> bool:
             log.keep(step.xml)
         if not no_gpu:
             log.keep_folder(results.folder_of(device), "results.tar.gz")
-    print(targets_table(report.load_all(RESULTS).get(results.folder_of(device), {}), {}))
+    if not no_gpu:
+        print(targets_table(report.load_all(RESULTS).get(results.folder_of(device), {}), {}))
     return bool(no_gpu) or any(outcome["status"] not in FINE for outcome in outcomes.values())
 
 
 def _run_step(step: Step, deadline: float, no_gpu: str | None, log: StageLog, variables: dict[str, str]) -> Outcome:
     limit = min(step.limit, deadline - time.monotonic())
-    command = step.command(limit)
-    log.begin(step.name, command)
+    if step.xml:
+        step.xml.unlink(missing_ok=True)  # of an earlier run
     if why_not := step.why_not() or (no_gpu if step is not MACHINE else None):
         return Outcome(NOT_HERE, 0.0, why_not)
     if limit < LEAST:
         return Outcome(LEFT_OUT, 0.0, "not run: no time was left")
+    command = step.command(limit)
+    log.begin(step.name, command)
     return run(command, limit, log.path, {**variables, **step.environment}, log.keep)
 
 

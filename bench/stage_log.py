@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class StageLog:
         self._complained = False
 
     def begin(self, name: str, command: Sequence[str]) -> None:
-        self._append(f"\n== {name}: {' '.join(command)}\n")
+        self._append(f"\n== {name}: {shlex.join(command)}\n")
         self._begun = self.path.stat().st_size
 
     def printed(self) -> str:
@@ -40,6 +41,7 @@ class StageLog:
         line = f"== {name}: {outcome.text()}{more}"
         print(*(text[:200] for text in self.printed().splitlines()[-12:]), line, sep="\n", flush=True)
         self._append(line + "\n")
+        self._begun = self.path.stat().st_size
 
     def keep(self, path: Path | None = None, name: str = "") -> None:
         """Copies a file, unless told which the log, complete or not at all."""
