@@ -27,10 +27,10 @@ help:
 	@echo "make audit   what needs no clock: kernels compiled for GPUs that are not here, launches, bytes, instructions"
 	@echo "make bench   measure on this machine's CPU, and make the README's tables from it"
 	@echo "make bench-all   the same, and what takes some minutes more: 64 answers a prompt, 1,000 greedy answers"
-	@echo "make gpu     CUDA tests and benchmarks with the python3 on the PATH, STAGE=1 to 3"
-	@echo "make gpu-prebuild   compile its kernels ahead, without a GPU, with the versions that are there"
-	@echo "make gpu-dry-run    the same on tiny shapes, without a GPU: no figures"
-	@echo "make test-device    what of it runs without a GPU, with the versions that are there"
+	@echo "make gpu     CUDA tests and benchmarks with the python3 on the PATH: STAGE=1 to 3, OUTPUT=folder"
+	@echo "make gpu-dry-run    every step of them on tiny shapes, without a GPU: no figures"
+	@echo "make gpu-prebuild   compile their kernels ahead, without a GPU"
+	@echo "make test-device    the tests that need no GPU, with the versions that lie ready where one is"
 
 venv: $(VENV)/.installed
 
@@ -75,7 +75,7 @@ bench-all: bench
 	$(BIN)/python -m bench.report
 
 gpu:
-	PYTHONPATH=. python3 -m bench.gpu --stage $(STAGE) --output $(OUTPUT)
+	PYTHONPATH=. python3 -m bench.gpu --stage $(STAGE) --output $(OUTPUT) $(if $(FAILED),--failed $(FAILED))
 
 gpu-prebuild: venv-device
 	PYTHONPATH=. $(DEVICE_BIN)/python -m tests.aot.prebuild

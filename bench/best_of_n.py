@@ -129,7 +129,7 @@ def main() -> None:
                 "tokens of prompt": PROMPT[bench.device.type],
                 "new tokens": new_tokens,
             }
-            with bench.fitting(name):
+            with bench.going_on(name):
                 if bench.wants(labels):
                     made = made or make_models(bench, options.layers)
                     measure(bench, labels, *made)

@@ -12,8 +12,9 @@ import torch
 DISTURBED = 0.02
 """The share of a call's time that its threads may wait for a core: beyond it, the call timed its neighbours."""
 
-BUSY_CYCLES = 1_000_000
-"""Half a millisecond of a GPU: how long it is kept busy at first while a graph is launched."""
+BUSY_CYCLES, MOST_BUSY_CYCLES = 1_000_000, 256_000_000
+"""Half a millisecond of a GPU, and an eighth of a second: how long it is kept busy while a graph is launched, at first
+and at most."""
 
 REPLAYED = 64
 """Steps in one graph, so that what a graph's start takes is little of a step."""
@@ -82,17 +83,18 @@ class Replay:
         for call in self._calls:
             call()
 
-    def seconds_a_call(self, _call: Call | None = None, wait: int = 1) -> float:
+    def seconds_a_call(self, _call: Call | None = None, wait: int = 1) -> float | None:
         """The GPU's own time from the first kernel's start to the last one's end, over the number of calls.
 
         The GPU is kept busy while the graph is launched: on an idle one the launch would be part of the time. Whether
         it was busy for long enough is asked of it, and where it was not, the sample is taken again after a longer wait;
-        `wait` times as long a one must not change the result.
+        `wait` times as long a one must not change the result. None where no wait is long enough, as where a launch
+        itself waits for what ran before.
         """
         if self._graph is None:
             self._before()
             return cpu_seconds(self) / len(self._calls)
-        while True:
+        while self._busy_cycles <= MOST_BUSY_CYCLES:
             self._before()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(wait * self._busy_cycles)
@@ -104,6 +106,7 @@ class Replay:
             if launched_in_time:
                 return start.elapsed_time(end) * 1e-3 / len(self._calls)
             self._busy_cycles *= 2
+        return None
 
 
 def _seconds_without_core() -> float:

@@ -18,8 +18,8 @@ gpu-prebuild` counted, and what benchmarks need here to start and to compile the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,12 @@ from typing import Any
 import torch
 
 from bench import kernel_cache, report, results
-from bench.harness import LEFT_OUT, NOT_HERE
-from bench.results import RESULTS
 from bench.stage_log import StageLog
 from bench.stages import LIMITS, MACHINE, STAGES, WORK, Step, failed_tests_file
-from bench.steps import FINE, ROOT, Outcome, run
+from bench.stages import RESULTS as MEASURED
+from bench.steps import ROOT, Outcome, end_what_runs_when_ended, not_run, run, seconds_since_start
 from bench.targets import targets_table
 
-LEAST = 10.0
-"""Seconds without which no step begins."""
 SAVING = 5.0
 """Seconds of a stage that are left for its end."""
 
@@ -48,7 +45,7 @@ def main() -> None:
     parser.add_argument("--failed", type=Path, help="failed_tests.json of an earlier stage, of another checkout")
     parser.add_argument("--dry-run", action="store_true", help="on tiny shapes, without a GPU")
     options = parser.parse_args()
-    interruptible()
+    end_what_runs_when_ended()
     if options.failed:
         use_failed(options.failed)
     if options.dry_run:
@@ -59,41 +56,36 @@ def main() -> None:
     raise SystemExit(run_stage(stage, options.output, options.seconds or LIMITS[stage]))
 
 
-def interruptible() -> None:
-    """Has the children of this process heed interrupts, which a shell has what it runs in the background ignore."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def run_stage(stage: int, output: Path, seconds: float) -> bool:
     """Runs what of the stage has not succeeded yet; True if anything failed."""
-    deadline = time.monotonic() + seconds - SAVING
-    no_gpu = None if torch.cuda.is_available() else "not run: torch sees no CUDA device, and --dry-run needs none"
-    device = torch.device("cpu" if no_gpu else "cuda")
-    environment = results.environment(device)
+    deadline = time.monotonic() + seconds - seconds_since_start() - SAVING
+    no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device, and --dry-run needs none"
+    environment = results.environment(torch.device("cpu" if no_gpu else "cuda"))
     notes = WORK / f"stage-{stage}.json"
     outcomes = _outcomes_before(notes, environment)
     log = StageLog(f"stage-{stage}", output)
     cache = use_kernels()
     variables = {**step_variables(), "TRITON_CACHE_DIR": str(cache)}
+    failed = []
     for step in STAGES[stage]:
-        if step is not MACHINE and outcomes.get(step.name, {"status": 1})["status"] == 0:
+        if step is not MACHINE and outcomes.get(step.name, {}).get("status") == 0:
             continue
         builds = kernel_cache.builds_in(cache)
         outcome = _run_step(step, deadline, no_gpu, log, variables)
         anew = kernel_cache.builds_in(cache) - builds
         log.end(step.name, outcome, f"; {anew} kernels compiled" if anew else "")
-        outcomes[step.name] = {"status": outcome.status, "seconds": outcome.seconds, "why": outcome.why}
-        notes.write_text(json.dumps({"environment": environment, "outcomes": outcomes}, indent=1) + "\n")
+        failed += [step.name] if outcome.failed else []
+        outcomes[step.name] = dataclasses.asdict(outcome)
+        log.note(notes, {"environment": environment, "outcomes": outcomes})
         log.keep()
-        log.keep(notes, "steps.json")
         log.keep(failed_tests_file(), "failed_tests.json")
         if step.xml:
             log.keep(step.xml)
-        if not no_gpu:
-            log.keep_folder(results.folder_of(device), "results.tar.gz")
-    if not no_gpu:
-        print(targets_table(report.load_all(RESULTS).get(results.folder_of(device), {}), {}))
-    return bool(no_gpu) or any(outcome["status"] not in FINE for outcome in outcomes.values())
+        log.keep_folder(MEASURED, "results.tar.gz")
+    for measured in report.load_all(MEASURED).values():
+        print(targets_table(measured, {}))
+    print(f"nothing was measured: {no_gpu}" if no_gpu else f"failed: {', '.join(failed) or 'nothing'}")
+    return bool(no_gpu or failed)
 
 
 def _run_step(step: Step, deadline: float, no_gpu: str | None, log: StageLog, variables: dict[str, str]) -> Outcome:
@@ -101,21 +93,24 @@ def _run_step(step: Step, deadline: float, no_gpu: str | None, log: StageLog, va
     if step.xml:
         step.xml.unlink(missing_ok=True)  # of an earlier run
     if why_not := step.why_not() or (no_gpu if step is not MACHINE else None):
-        return Outcome(NOT_HERE, 0.0, why_not)
-    if limit < LEAST:
-        return Outcome(LEFT_OUT, 0.0, "not run: no time was left")
+        return not_run(why_not)
+    if limit < step.least:
+        return not_run("no time was left")
     command = step.command(limit)
     log.begin(step.name, command)
-    return run(command, limit, log.path, {**variables, **step.environment}, log.keep)
+    return run(command, limit, log.path, {**variables, **step.environment}, log.keep, step.fine)
 
 
 def _outcomes_before(notes: Path, environment: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of the same stage on the same tree: that of a commit, as changes to it may be others each time."""
-    if not notes.exists() or environment["commit"].endswith("+changes"):
+    """Of the same stage on the same tree."""
+    try:
+        before = json.loads(notes.read_text())
+        same = results.is_known(environment["commit"]) and all(
+            before["environment"].get(key) == environment[key] for key in results.SAME
+        )
+        return before["outcomes"] if same else {}
+    except (OSError, ValueError, KeyError):  # there is none, or it was cut short
         return {}
-    before = json.loads(notes.read_text())
-    same = all(before["environment"].get(key) == environment[key] for key in results.SAME)
-    return before["outcomes"] if same else {}
 
 
 def step_variables() -> dict[str, str]:

@@ -14,8 +14,8 @@ from bench import kernel_cache, report, results, tables
 from bench.gpu import step_variables
 from bench.results import Result
 from bench.stage_log import StageLog
-from bench.stages import DRY_RUN, LIMITS, STAGES, WORKERS, Benchmark, PytestRerun, PytestRun, Step
-from bench.steps import FINE, Outcome, run
+from bench.stages import DRY_RUN, LIMITS, STAGES, WORK, WORKERS, Benchmark, PytestRerun, PytestRun, Step
+from bench.steps import Outcome, run
 from bench.targets import targets_table
 
 LIMIT = 500
@@ -43,18 +43,18 @@ def dry_run(stages: Sequence[int], output: Path) -> bool:
         rows = [["step", "limit, s", "tests", "kernels", "estimate, s", "without kernels ahead, s"]]
         totals = [0.0, 0.0]
         for step in STAGES[stage]:
-            outcome = run_step(step, log)
+            outcome, printed = run_step(step, log)
             if isinstance(step, Benchmark):
                 benchmarks.setdefault(step.module, outcome)  # the second time there is nothing left to do
-            found = estimate(step, log.printed(), facts, benchmarks)
+            found = estimate(step, printed, facts, benchmarks)
             totals = [total + (seconds or 0.0) for total, seconds in zip(totals, found[2:], strict=True)]
             rows.append([step.name, *("" if value is None else f"{value:.0f}" for value in (step.limit, *found))])
-            failed += [step.name] if outcome.status not in FINE else []
+            failed += [step.name] if outcome.failed else []
             if step.xml:
                 log.keep(step.xml)
             log.keep()
-            log.keep_json("steps.json", [dict(zip(rows[0], row, strict=True)) for row in rows[1:]])
-            log.keep_folder(folder, "results.tar.gz")
+            log.note(WORK / f"dry-run-{stage}.json", [dict(zip(rows[0], row, strict=True)) for row in rows[1:]])
+            log.keep_folder(DRY_RUN, "results.tar.gz")
         ahead, without = (f"{total:.0f} s" for total in totals)
         print(f"\nstage {stage}: {ahead} estimated of {LIMITS[stage]} s, {without} without kernels compiled ahead")
         print(tables.markdown(rows))
@@ -62,20 +62,22 @@ def dry_run(stages: Sequence[int], output: Path) -> bool:
         print(f"{len(files)} files in {log.output}: {', '.join(files)}\n", flush=True)
         missing += [f"no more than {MOST_FILES} files"] if len(files) > MOST_FILES else []
     for name, outcome in benchmarks.items():
-        if outcome.status == 0:
+        if outcome.succeeded:
             missing += missing_of(folder / f"{name}.json")
     print(targets_table(*[report.load_all(DRY_RUN).get(folder, {})] * 2))
     print(f"failed: {', '.join(failed) or 'nothing'}; not written: {', '.join(missing) or 'nothing'}")
     return bool(failed or missing)
 
 
-def run_step(step: Step, log: StageLog) -> Outcome:
+def run_step(step: Step, log: StageLog) -> tuple[Outcome, str]:
+    """How it ended, and what it printed."""
     log.begin(step.name, step.dry_command())
     # Without a GPU kernel tests are only there to collect under the interpreter, which benchmarks do without.
     variables = step_variables() | ({"TRITON_INTERPRET": "1"} if isinstance(step, PytestRun) else {})
-    outcome = run(step.dry_command(), LIMIT, log.path, variables, log.keep)
+    outcome = run(step.dry_command(), LIMIT, log.path, variables, log.keep, step.fine)
+    printed = log.printed()
     log.end(step.name, outcome)
-    return outcome
+    return outcome, printed
 
 
 def missing_of(path: Path) -> list[str]:

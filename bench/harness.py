@@ -8,11 +8,12 @@ import gc
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -28,8 +29,19 @@ LEFT_OUT = 3
 NOT_HERE = 4
 """Exit status where nothing can be measured on this machine, for a reason that is told."""
 
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""What libraries say that raise no `torch.OutOfMemoryError`."""
+
 PATIENCE = 3
 """Rounds for each sample that is asked for, before a busy machine is given up on."""
+
+
+class HasName(Protocol):
+    name: str
+
+
+Named = TypeVar("Named", bound=HasName)
+Made = TypeVar("Made")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -100,6 +112,7 @@ class Bench:
         self._left_out: list[Labels] = []
         self._begun_cases: list[Labels] = []
         self._impossible: list[str] = []
+        self._failed: list[str] = []
         settings = {"clock": self.clock.__name__, "quick": self.quick, **settings}
         if options.threads and not threads:
             name += f"_{options.threads}_threads"
@@ -127,8 +140,9 @@ class Bench:
         if kind is not None:
             return
         if not self.result.cases:
-            print(f"{self.result.name}: nothing was measured", *self._impossible, sep="\n", file=sys.stderr)
-            raise SystemExit(LEFT_OUT if self._left_out else NOT_HERE if self._impossible else 1)
+            told = [*self._failed, *self._impossible]
+            print(f"{self.result.name}: nothing was measured", *told, sep="\n", file=sys.stderr)
+            raise SystemExit(1 if self._failed else LEFT_OUT if self._left_out else NOT_HERE if self._impossible else 1)
         path = self.result.save(self._folder)
         drawn = plots.plot_if_possible(self.result, path.with_suffix(".png"))
         if self._options.json:
@@ -138,11 +152,11 @@ class Bench:
             tables.print_result(self.result, console)
             for labels in self._left_out:
                 console.print(f"not measured for lack of time: {Case(labels, '', {}).title()}")
-            for line in self._impossible:
-                console.print(line)
+            for line in (*self._impossible, *self._failed):
+                console.print(line, markup=False)
             console.print(f"every sample: {path}\n{drawn}", soft_wrap=True)
-        if self._left_out:
-            raise SystemExit(LEFT_OUT)
+        if self._failed or self._left_out:
+            raise SystemExit(1 if self._failed else LEFT_OUT)
 
     def samples(self, usual: int) -> int:
         """How many of each contender: as told, or so many; few in a quick run."""
@@ -164,19 +178,29 @@ class Bench:
         self._impossible += [f"not measured: {Case(labels, '', {}).title()}: {why}" for labels in every]
 
     @contextmanager
-    def fitting(self, model: str) -> Iterator[None]:
-        """Around the cases of a model: those that the GPU's memory does not hold are left out, and others go on."""
+    def going_on(self, model: str) -> Iterator[None]:
+        """Around the cases of a model: what does not fit the GPU is left out, what fails is told, and others go on.
+
+        The exit status of a run in which one failed is 1.
+        """
         self._begun_cases = []
-        short = False
+        why = ""
         try:
             yield
-        except torch.OutOfMemoryError:
-            short = True
+        except (Exception, SystemExit) as error:
+            why = str(error).partition("\n")[0] or type(error).__name__
+            short = isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+            if not short:
+                traceback.print_exc()
+        if not why:
+            return
+        every = self._begun_cases or [{"model": model}]
         if short:  # only now does nothing refer to what the case had made
             gc.collect()
             torch.cuda.empty_cache()
-            why = f"it needs more than the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of this GPU"
-            self.leave_out(self._begun_cases or [{"model": model}], why)
+            self.leave_out(every, f"it needs more than the {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB of this GPU")
+        else:
+            self._failed += [f"failed: {Case(labels, '', {}).title()}: {why}" for labels in every]
 
     def add(self, case: Case) -> None:
         self._begun_cases = [labels for labels in self._begun_cases if labels != case.labels]
@@ -201,6 +225,28 @@ def take_turns(
         order = names[first:] + names[:first]
         for name in order if turn // len(names) % 2 else order[::-1]:
             samples[name].append(contenders[name](turn))
-        if min(sum(sample is not None for sample in found) for found in samples.values()) >= wanted:
+        counts = [sum(sample is not None for sample in found) for found in samples.values()]
+        # Who has none by then will have none, and the others are not to wait for it.
+        if min((count for count in counts if count or turn + 1 < wanted), default=0) >= wanted:
             break
     return samples
+
+
+def without_faulty(
+    contenders: Sequence[Named], attempt: Callable[[Named], Made], mine: str
+) -> tuple[dict[str, Made], list[str]]:
+    """What `attempt` makes of each contender by name, and a note on each for which it fails.
+
+    A rival that fails is not to keep the others from being measured; what fails for `mine` does.
+    """
+    made: dict[str, Made] = {}
+    notes = []
+    for contender in contenders:
+        try:
+            made[contender.name] = attempt(contender)
+        except (Exception, SystemExit) as error:
+            if contender.name == mine or isinstance(error, torch.OutOfMemoryError):
+                raise
+            traceback.print_exc()
+            notes.append(f"without {contender.name}: {str(error).partition(chr(10))[0] or type(error).__name__}")
+    return made, notes

@@ -23,7 +23,8 @@ SMI = "name,memory.total,memory.used,driver_version,clocks.sm,clocks.mem,power.l
 
 
 def main() -> None:
-    print(f"commit: {results.git_commit()}")
+    commit = results.git_commit()
+    print(f"commit: {commit}" + ("; SWIFT_KERNELS_COMMIT names it" if commit == results.UNKNOWN else ""))
     print(f"gpu: {gpu()}")
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={SMI}", "--format=csv"]

@@ -45,7 +45,7 @@ def main() -> None:
         lengths = options.lengths or ((8, 32) if bench.quick else LENGTHS)
         for length in lengths:
             labels: Labels = {"model": shape.name, "entries": f"{len(widths)} x {widths[0]}", "tokens": length}
-            with bench.fitting(shape.name):
+            with bench.going_on(shape.name):
                 if bench.wants(labels):
                     bench.add(measure(bench, head, labels, length))
 

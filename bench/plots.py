@@ -59,7 +59,7 @@ def draw_score_step(result: Result, pyplot: Any) -> Any:
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(14, 2.5 + max(3.2, 0.3 * len(result.cases))), layout="constrained", width_ratios=(1, 1.1)
     )
-    colours = colours_of(first)
+    colours = {name: colour for case in result.cases for name, colour in colours_of(case).items()} | colours_of(first)
     for name in first.samples:
         found = [(int(case.labels["rows"]), case.summary(name)) for case in series if name in case.samples]
         points = [(rows, summary) for rows, summary in found if summary]

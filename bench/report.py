@@ -1,14 +1,18 @@
 """Tables and figures from the results folder: `results/<device>/README.md`, and the README's between two markers.
 
-    python -m bench.report [--check]
+    python -m bench.report [--add results.tar.gz ...] [--check]
 
-With --check nothing is written, and the exit status is 1 where a file is not what the results make it.
+With --add the cases of archives that `bench.gpu` made are added to the results first: those measured under the same
+conditions to a file that is there, newer ones in place of older. With --check nothing is written, and the exit status
+is 1 where a file is not what the results make it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +32,10 @@ BEGIN, END = "<!-- measured: made by `python -m bench.report` -->", "<!-- end of
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a file differs")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], metavar="ARCHIVE", help="of bench.gpu: its results")
     options = parser.parse_args()
+    for archive in options.add:
+        add(archive, RESULTS)
     every = load_all(RESULTS)
     texts = {folder / "README.md": device_page(results) for folder, results in every.items()}
     texts[README] = with_block(README.read_text(), readme_block(every))
@@ -45,6 +52,36 @@ def main() -> None:
     for folder, results in every.items():
         for name, result in results.items():
             print(plots.plot_if_possible(result, folder / f"{name}.png"))
+
+
+def add(archive: Path, folder: Path) -> None:
+    """Adds the results of an archive to those in a folder, and says what became of each file."""
+    with tempfile.TemporaryDirectory() as unpacked:
+        try:
+            with tarfile.open(archive) as packed:
+                packed.extractall(unpacked, filter="data")
+        except (OSError, tarfile.TarError, EOFError) as error:
+            raise SystemExit(f"{archive} cannot be read ({error}): expected results.tar.gz of bench.gpu") from None
+        for device, found in load_all(Path(unpacked)).items():
+            for name, result in found.items():
+                print(f"{device.name}/{name}.json: {add_result(result, folder / device.name)}")
+
+
+def add_result(result: Result, folder: Path) -> str:
+    """Adds its cases to those of the same name in a folder; says what it did."""
+    path = folder / f"{result.name}.json"
+    if path.exists():
+        before = Result.load(path)
+        if not result.continues(before):
+            commits = (before.environment["commit"], result.environment["commit"])
+            raise SystemExit(
+                f"{path} was measured under other conditions, at {commits[0]} and not at {commits[1]}: move it away, "
+                "or measure what it holds again"
+            )
+        older = [case for case in before.cases if all(case.labels != each.labels for each in result.cases)]
+        result.cases = [*older, *result.cases]
+    result.save(folder)
+    return f"{len(result.cases)} cases"
 
 
 def load_all(folder: Path) -> dict[Path, Results]:

@@ -25,6 +25,9 @@ RESULTS = Path(__file__).parent / "results"
 SAME = ("device", "driver", "commit", "threads", "swift_kernels", "torch", "triton", "transformers")
 """What must not differ between the cases of one file."""
 
+UNKNOWN = "unknown"
+"""The commit of a tree that nobody has named."""
+
 Labels = dict[str, "str | int"]
 
 
@@ -59,6 +62,8 @@ class Case:
 
     def ratio(self, name: str) -> Ratio | None:
         """To the reference: how many times its time, or its speed (`faster`)."""
+        if name not in self.samples:  # a contender that failed
+            return None
         own, other = self.samples[name], self.samples[self.reference]
         return Ratio.of(other, own) if self.faster else Ratio.of(own, other)
 
@@ -115,7 +120,7 @@ class Result:
     def continues(self, other: Result) -> bool:
         """Whether `other` was measured under the same conditions, so that its cases need not be measured again."""
         here, there = self.environment, other.environment
-        same = all(here.get(key) == there.get(key) for key in SAME)
+        same = here["commit"] != UNKNOWN and all(here.get(key) == there.get(key) for key in SAME)
         return same and self.settings == other.settings and self.name == other.name
 
 
@@ -167,7 +172,12 @@ def git_commit() -> str:
         changes = git("status", "--porcelain", "--", ":/swift_kernels", ":/csrc", ":/bench", ":(exclude)results")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):  # a copy of the tree says in this variable what it is a copy of
-        return os.environ.get("SWIFT_KERNELS_COMMIT", "unknown")
+        return os.environ.get("SWIFT_KERNELS_COMMIT", UNKNOWN)
+
+
+def is_known(commit: str) -> bool:
+    """Whether the same name means the same tree: changes may be others each time."""
+    return commit != UNKNOWN and not commit.endswith("+changes")
 
 
 def _driver() -> str | None:

@@ -92,7 +92,7 @@ def main() -> None:
         widths = shape.widths("all")
         sets: list[Packed] = []
         for heads in options.heads:
-            with bench.fitting(shape.name):
+            with bench.going_on(shape.name):
                 every = make_labels(shape.name, widths, lengths, heads)
                 if wanted := [labels for labels in every if bench.wants(labels)]:
                     sets = sets or make_sets(bench, lengths, widths)

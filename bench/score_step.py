@@ -4,10 +4,10 @@
 
 Contenders take turns within a round. "cold": each call reads hidden states that have left the caches since they were
 last read; "warm": those of the call before. "called" includes what it takes to get there; "replayed" is a CUDA graph of
-64 steps, over their number, on inputs that take turns and are several times the L2; before it others are read, not
-written, so that nothing is left to be written back meanwhile. Before anything is timed, all must agree with a float64
-reference; where one does not, no figure is printed. "call after call" is ours without rivals in between, each call on
-weights of its own.
+64 steps, over their number, on inputs that take turns; before it others are read, as many as the L2 holds five times:
+not written, so that nothing is left to be written back meanwhile. Before anything is timed, all must agree with a
+float64 reference: a rival that does not is left out, with a note. "call after call" is ours without rivals in between,
+each call on weights of its own.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
             if not options.sweep or shape != (model, entries):
                 torch.compiler.reset()
             shape = model, entries
-            with bench.fitting(model):
+            with bench.going_on(model):
                 measure(bench, model, entries, rows, cache, any_rows=options.sweep)
 
 
@@ -117,8 +117,10 @@ def measure(bench: Bench, model: str, entries: str, rows: int, cache: str, any_r
     weight, bias = (tensor.to(bench.device) for tensor in make_head(widths))
     sets = make_inputs(rows, widths, bench.device, 3 if bench.quick or cache == "warm" else None)
     contenders = [ours(weight, bias, rows, widths), *rivals(weight, bias, rows, widths, any_rows)]
-    for contender in contenders:
-        check(contender, sets[:3], weight, bias)
+    mine = contenders[0].name
+    checked, notes = harness.without_faulty(contenders, lambda each: check(each, sets[:3], weight, bias), mine)
+    contenders = [contender for contender in contenders if contender.name in checked]
+    notes += ["rivals compiled for any number of rows"] * any_rows
     samples = bench.samples(SAMPLES.get(rows, 25))
     hidden_bytes = rows * sum(widths) * DTYPE.itemsize
     for labels in wanted:
@@ -126,11 +128,12 @@ def measure(bench: Bench, model: str, entries: str, rows: int, cache: str, any_r
         # The steps of one graph share their weights, which stay in the L2.
         moved = hidden_bytes + (0 if replay else weight.nbytes)
         floors = Floors(bench.clock, bench.device, moved, cache, replay, bench.quick)
-        notes, metrics = ["rivals compiled for any number of rows"] * any_rows, {}
+        own_notes, metrics = list(notes), {}
         if replay:
-            graphs = replays(contenders, sets, cache, bench)
+            graphs, lost = replays(contenders, sets, cache, bench)
+            own_notes += lost
             samples_of = harness.take_turns({name: _replayed(graph) for name, graph in graphs.items()}, samples, floors)
-            notes.append(_method(sets, cache, bench))
+            own_notes.append(_method(sets, cache, bench))
             if rows == WAIT_ROWS or bench.quick:
                 metrics[f"times as long after {LONGER_WAIT} times the wait"] = after_a_longer_wait(graphs)
         else:
@@ -139,12 +142,12 @@ def measure(bench: Bench, model: str, entries: str, rows: int, cache: str, any_r
         bench.add(
             Case(
                 labels,
-                contenders[0].name,
+                mine,
                 samples_of,
                 floors=floors.seconds,
                 moved=moved,
                 metrics=metrics,
-                note="; ".join(notes),
+                note="; ".join(own_notes),
             )
         )
 
@@ -206,10 +209,11 @@ def call_after_call(
 
 def replays(
     contenders: Sequence[Contender], sets: Sequence[Sequence[Tensor]], cache: str, bench: Bench
-) -> dict[str, Replay]:
-    """A graph of REPLAYED steps of each. Cold: on hidden states that take turns, with the caches full of others before.
+) -> tuple[dict[str, Replay], list[str]]:
+    """A graph of REPLAYED steps of each, and a note on those that cannot be captured.
 
-    Others are read, not written: what was written would be written back while the graph runs, at its expense.
+    Cold: on hidden states that take turns, with the caches full of others before, which is what keeps a few small ones
+    out of them. Others are read, not written: what was written would be written back while the graph runs.
     """
     every = [sets[step % len(sets) if cache == "cold" else 0] for step in range(REPLAYED)]
     others = torch.zeros(_flushed_bytes(bench) // 4, device=bench.device)
@@ -218,10 +222,10 @@ def replays(
         if cache == "cold":
             others.sum()
 
-    return {
-        contender.name: Replay([_bound(contender, hidden_states) for hidden_states in every], bench.device, flush)
-        for contender in contenders
-    }
+    def capture(contender: Contender) -> Replay:
+        return Replay([_bound(contender, hidden_states) for hidden_states in every], bench.device, flush)
+
+    return harness.without_faulty(contenders, capture, contenders[0].name)
 
 
 def _replayed(graph: Replay) -> Callable[[int], Sample]:
@@ -233,7 +237,8 @@ def after_a_longer_wait(graphs: Mapping[str, Replay]) -> dict[str, float]:
     ratios = {}
     for name, graph in graphs.items():
         pairs = [(graph.seconds_a_call(), graph.seconds_a_call(wait=LONGER_WAIT)) for _ in range(FEWEST_SAMPLES)]
-        ratios[name] = statistics.median(longer / usual for usual, longer in pairs)
+        if found := [longer / usual for usual, longer in pairs if usual and longer]:
+            ratios[name] = statistics.median(found)
     return ratios
 
 

@@ -11,18 +11,23 @@ from pathlib import Path
 import torch
 
 from bench import results
+from bench.harness import LEFT_OUT, NOT_HERE
 from bench.steps import ROOT
 
 WORK = ROOT / "build" / "gpu"
 """Everything that `bench.gpu` makes but results, also between stages."""
 DRY_RUN = ROOT / "build" / "dry-run"
 """The results of quick runs."""
+RESULTS = WORK / "results"
+"""What is measured: where it is kept for good, `python -m bench.report --add` takes it to."""
 LIMITS = {1: 400, 2: 225, 3: 1800}
-"""Seconds of a stage, start and end included."""
+"""Seconds of a stage, from the start of its process."""
 
 KERNELS = tuple(f"tests/ops/test_{op}.py" for op in ("score_step", "rms_norm_score", "sequence"))
 """All tests of these: most are not marked for a GPU, and run on whatever runs Triton."""
 ATTACH = "tests/integrations/test_gpu.py"
+NONE_FOUND = 5
+"""Exit status of pytest where it finds no test."""
 WORKERS, GB_A_WORKER = 6, 12
 """Processes that share the tests, and what the largest test takes of a GPU's memory."""
 
@@ -35,8 +40,12 @@ class Step:
     arguments: tuple[str, ...]
     limit: float
     """Seconds after which it is ended."""
+    least: float = 10.0
+    """Seconds without which it does not begin."""
     expected: float = 20.0
     """Seconds that it may take, for the estimate."""
+    fine: tuple[int, ...] = (0,)
+    """Exit statuses that are no failure."""
     prefix: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -68,6 +77,7 @@ class Script(Step):
 class Benchmark(Step):
     points: int = 1
     """How many shapes are measured, each with rivals to compile."""
+    fine: tuple[int, ...] = (0, LEFT_OUT, NOT_HERE)
 
     @property
     def module(self) -> str:
@@ -75,7 +85,8 @@ class Benchmark(Step):
 
     def command(self, limit: float) -> list[str]:
         # With a fifth of the time left no new case is begun.
-        return [*super().command(limit), "--device", "cuda", "--resume", "--budget", str(int(0.8 * limit))]
+        options = ["--device", "cuda", "--resume", "--budget", str(int(0.8 * limit)), "--results", str(RESULTS)]
+        return [*super().command(limit), *options]
 
     def dry_command(self) -> list[str]:
         # What chooses full-sized cases would choose them here too.
@@ -115,13 +126,16 @@ class PytestRun(Step):
 
 @dataclass(frozen=True)
 class PytestRerun(PytestRun):
-    """The tests that failed before, one after the other, with all there is to know of why."""
+    """The tests that failed before, with all there is to know of why."""
 
     def why_not(self) -> str | None:
-        return None if failed_before() else "not run: no test is known to have failed"
+        return None if failed_before() else "no test is known to have failed"
 
     def command(self, limit: float) -> list[str]:
-        return [*super().command(limit), "--tb=long", "--showlocals", "--maxfail=10", *failed_before()]
+        # Names that are gone since are not missed. In a worker, so that one that hangs leaves what others showed.
+        worker = ["-n", "1"] if number_of_workers() else []
+        options = ["--last-failed", "--last-failed-no-failures=none", "--tb=long", "--showlocals", "--maxfail=10"]
+        return [*super().command(limit), *worker, *options]
 
     def dry_command(self) -> list[str]:
         return [sys.executable, "-m", "pytest", "--version"]
@@ -141,12 +155,21 @@ def failed_tests_file() -> Path:
 
 
 def failed_before() -> list[str]:
-    file = failed_tests_file()
-    return sorted(json.loads(file.read_text())) if file.exists() else []
+    try:
+        return list(json.loads(failed_tests_file().read_text()))
+    except (OSError, ValueError):  # none have failed, or the note of it was cut short
+        return []
 
 
-def benchmark(name: str, *arguments: str, limit: float, points: int = 1) -> Benchmark:
-    return Benchmark(" ".join([name, *arguments]), ("-m", f"bench.{name}", *arguments), limit, points=points)
+def benchmark(name: str, *arguments: str, limit: float, points: int = 1, least: float = 10.0) -> Benchmark:
+    return Benchmark(" ".join([name, *arguments]), ("-m", f"bench.{name}", *arguments), limit, least, points=points)
+
+
+SHARED = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"}
+"""For tests that several processes share."""
+MEMCHECK = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""In a large block of PyTorch's allocator an access beyond a tensor is no error."""
 
 
 MACHINE = Step("machine", ("-m", "bench.machine"), limit=25, expected=8)
@@ -162,7 +185,7 @@ STAGES: dict[int, list[Step]] = {
             # Those that compile models wait for stage 2.
             chosen="not 100_000 and not static_cache and not reduce-overhead and not bytes_on_the_device",
             shared=True,
-            environment={"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"},
+            environment=SHARED,
         ),
         benchmark("score_step", "--rows", "64,256,1", "--samples", "40", limit=110, points=3),
         benchmark("decode", "--models", "8b", "--rows", "64", "--how", "eager", "--samples", "12", limit=95),
@@ -170,28 +193,30 @@ STAGES: dict[int, list[Step]] = {
         benchmark("memory", "--lengths", "32,32768", limit=45),
     ],
     2: [
-        PytestRerun("failed", (), limit=45),
+        # One launch at a time, so that what goes wrong in one is not told by the next.
+        PytestRerun(
+            "failed", (*KERNELS, ATTACH), limit=45, fine=(0, NONE_FOUND), environment={"CUDA_LAUNCH_BLOCKING": "1"}
+        ),
         PytestRun(
             "compiled",
             (ATTACH,),
             limit=75,
             chosen="(static_cache and llama) or (reduce-overhead and gather) or bytes_on_the_device",
             shared=True,
-            environment={"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"},
+            environment=SHARED,
         ),
         PytestRun(
             "memcheck",
             KERNELS[:1],
-            limit=45,
+            limit=60,
             chosen="every_layout and (odd or off) or row_count and 33",
-            prefix=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-            # In a large block of PyTorch's allocator an access beyond a tensor is no error.
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            prefix=MEMCHECK,
+            environment=UNCACHED,
         ),
         benchmark("score_step", "--rows", "8,512", "--samples", "25", limit=60, points=2),
         benchmark("launch_cost", limit=25),
         benchmark("decode", "--models", "8b", "--rows", "1", "--how", "eager", "--samples", "8", limit=70),
-        benchmark("best_of_n", "--n", "16", limit=120),
+        benchmark("best_of_n", "--n", "16", limit=120, least=45),
     ],
     3: [
         benchmark("score_step", "--sweep", limit=500, points=40),
@@ -205,15 +230,15 @@ STAGES: dict[int, list[Step]] = {
             (*KERNELS, ATTACH),
             limit=400,
             shared=True,
-            environment={"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "2"},
+            environment=SHARED,
         ),
         PytestRun(
             "memcheck_of_all",
             KERNELS,
             limit=300,
             chosen="row_count or token_count or every_layout or many_entries or wide_rows or test_pool or no_rows",
-            prefix=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            prefix=MEMCHECK,
+            environment=UNCACHED,
         ),
     ],
 }

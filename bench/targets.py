@@ -102,7 +102,8 @@ def _decode(results: Results, mode: str, *pairs: tuple[str, str]) -> str | None:
         model, _, layers = str(case.labels["model"]).partition(", ")
         if (model, case.labels["mode"]) != (LLAMA_8B.name, mode):
             continue
-        ratios = [Ratio.of(case.samples[bare], case.samples[scored]) for scored, bare in pairs]
+        samples = [(case.samples.get(bare, ()), case.samples.get(scored, ())) for scored, bare in pairs]
+        ratios = [Ratio.of(*pair) if all(pair) else None for pair in samples]
         if all(ratios):
             shown = "; ".join(ratio.text(percent=True) for ratio in ratios if ratio)
             where = case.title("rows", "tokens of context") + (f", {layers}" if layers else "")

@@ -31,10 +31,10 @@ def gate_error(logit: Tensor, gate: Tensor) -> Tensor:
     """How far a gate may be off whose logit is exact, to first order; `tests/ops/approximations.py` has a GPU's errors.
 
     A GPU takes e^-x as 2^(-x log2 e). The product and its factor round, which moves the power by |x| eps of itself, and
-    `ex2` by sqrt(2) eps more; both move the gate by 1 - gate times as much at most. The sum rounds by eps / 2, and the
-    quotient is off by 2 eps. What underflows becomes 0.
+    `ex2` by sqrt(2) eps more; a gate moves by 1 - gate times as much. The sum rounds by eps / 2, and the quotient is
+    off by 2 eps: (4 + |x|) eps at the most. What underflows becomes 0.
     """
-    return (4 + logit.abs()) * EPS * gate + torch.finfo(torch.float32).tiny
+    return ((1.5 + logit.abs()) * (1 - gate) + 2.5) * EPS * gate + torch.finfo(torch.float32).tiny
 
 
 def oracle(tokens: Sequence[Sequence[Tensor]], head: SwiftHead) -> tuple[Tensor, Tensor]:

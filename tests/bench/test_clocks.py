@@ -9,6 +9,7 @@ import torch
 
 from bench import clocks, score_step
 from bench.clocks import REPLAYED, Replay
+from bench.harness import take_turns
 from bench.rivals import ours
 from bench.score_step import LONGER_WAIT, after_a_longer_wait, make_head, make_inputs, replays, round_bytes
 
@@ -19,9 +20,9 @@ STEP = 5e-6
 class Gpu:
     """The times of a host and of the stream of a GPU that runs what it is given, in order."""
 
-    def __init__(self, launch: float) -> None:
+    def __init__(self, launch: float, blocks: bool = False) -> None:
         self.now = self.free = 0.0
-        self.launch = launch
+        self.launch, self.blocks = launch, blocks
         self.flushed = 0
 
     def sleep(self, cycles: int) -> None:
@@ -51,7 +52,7 @@ class Gpu:
 
         class Graph:
             def replay(self) -> None:
-                gpu.now += gpu.launch
+                gpu.now = (max(gpu.now, gpu.free) if gpu.blocks else gpu.now) + gpu.launch
                 gpu.free = max(gpu.free, gpu.now) + REPLAYED * STEP
 
         class Stream:
@@ -83,6 +84,21 @@ def test_a_launch_of_any_length_is_no_part_of_a_step(monkeypatch, launch):
     assert after_a_longer_wait({"ours": graph}) == {"ours": pytest.approx(1.0)}
 
 
+def test_a_launch_that_waits_for_what_ran_before_gives_no_sample(monkeypatch):
+    gpu = Gpu(1e-5, blocks=True)
+    gpu.patch(monkeypatch)
+    graph = Replay([lambda: None] * REPLAYED, CUDA, gpu.flush)
+    assert graph.seconds_a_call() is None
+    tried = gpu.flushed
+    assert tried < 10
+    assert graph.seconds_a_call() is None
+    assert gpu.flushed == tried, "it is not tried again"
+    assert after_a_longer_wait({"rival": graph}) == {}
+    quick = Replay([lambda: None] * REPLAYED, torch.device("cpu"))
+    samples = take_turns({"rival": lambda _: graph.seconds_a_call(), "ours": lambda _: quick.seconds_a_call()}, 7)
+    assert (samples["rival"], len(samples["ours"])) == ([None] * 7, 7), "the others do not wait for it"
+
+
 def test_a_longer_wait_shows_a_launch_that_was_too_late(monkeypatch):
     """Were the GPU not asked whether it still waits, the launch would be part of the time, and this the figure."""
     gpu = Gpu(3e-3)
@@ -102,7 +118,9 @@ def test_a_graph_has_64_steps_at_any_number_of_rows_and_a_round_of_inputs_is_sev
     sets = make_inputs(rows, widths, device)
     bench = type("Bench", (), {"device": device, "quick": False})()
     weight, bias = make_head(widths)
-    [graph] = replays([ours(weight, bias, rows, widths)], sets, "cold", bench).values()
+    graphs, notes = replays([ours(weight, bias, rows, widths)], sets, "cold", bench)
+    [graph] = graphs.values()
+    assert notes == []
     assert len(graph._calls) == REPLAYED == 64
     assert sum(entry.nbytes for entries in sets for entry in entries) >= round_bytes(device)
     note = score_step._method(sets, "cold", bench)

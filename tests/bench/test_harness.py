@@ -79,10 +79,10 @@ def test_what_a_gpu_does_not_hold_is_left_out_and_the_rest_goes_on(options, tmp_
     monkeypatch.setattr(harness.torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(harness.torch.cuda, "mem_get_info", lambda: (1 << 30, 12_000_000_000))
     with Bench("name", options) as bench:
-        with bench.fitting("8b"):
+        with bench.going_on("8b"):
             raise torch.OutOfMemoryError("as large as the model is")
         for rows in (1, 64, 8):
-            with bench.fitting("8b"):
+            with bench.going_on("8b"):
                 assert bench.wants(case(rows).labels)
                 if rows == 64:
                     raise torch.OutOfMemoryError("as large as 64 rows are")
@@ -93,6 +93,54 @@ def test_what_a_gpu_does_not_hold_is_left_out_and_the_rest_goes_on(options, tmp_
     assert "not measured: 8b: it needs more than the 12 GB of this GPU" in output
     assert "not measured: 64 rows, cold: it needs more than the 12 GB of this GPU" in output
     assert output.count("not measured") == 2
+
+
+def test_a_case_that_fails_is_told_and_the_rest_goes_on(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(harness.torch.cuda, "mem_get_info", lambda: (1 << 30, 12_000_000_000))
+    faults = {
+        1: ValueError("what went wrong\nand more of it"),
+        8: SystemExit("ours scores otherwise than the reference"),
+        64: RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    }
+    bench = Bench("name", options)
+    for rows in (1, 8, 64, 256):
+        with bench.going_on("8b"):
+            assert bench.wants(case(rows).labels)
+            if rows in faults:
+                raise faults[rows]
+            bench.add(case(rows))
+    with pytest.raises(SystemExit) as end:
+        bench.__exit__(None, None, None)
+    assert end.value.code == 1
+    [path] = tmp_path.glob("*/name.json")
+    assert Result.load(path).cases == [case(256)]
+    output, error = capsys.readouterr()
+    assert "failed: 1 row, cold: what went wrong\n" in output
+    assert "failed: 8 rows, cold: ours scores otherwise than the reference" in output
+    assert "not measured: 64 rows, cold: it needs more than the 12 GB of this GPU" in output
+    assert "Traceback" in error
+    with pytest.raises(KeyboardInterrupt), bench.going_on("8b"):
+        raise KeyboardInterrupt
+
+
+def test_a_rival_that_fails_is_left_out_with_a_note_and_ours_may_not():
+    class Contender:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def attempt(contender: Contender) -> str:
+        if contender.name != "good":
+            raise SystemExit(f"{contender.name} scores otherwise")
+        return "made"
+
+    contenders = [Contender("good"), Contender("bad")]
+    assert harness.without_faulty(contenders, attempt, "good") == (
+        {"good": "made"},
+        ["without bad: bad scores otherwise"],
+    )
+    with pytest.raises(SystemExit, match="bad scores otherwise"):
+        harness.without_faulty(contenders, attempt, "bad")
 
 
 def test_an_interrupted_run_leaves_what_was_measured(options, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,32 @@ def test_quick_runs_are_no_results(tmp_path):
     environment = results.environment(results.torch.device("cpu"))
     Result("score_step", environment, {"quick": True}, [step_case(1)]).save(tmp_path / "device")
     assert report.load_all(tmp_path) == {}
+
+
+def test_results_of_several_stages_are_added_up(tmp_path, capsys):
+    environment = {**results.environment(results.torch.device("cpu")), "commit": "a" * 40}
+
+    def archive(name: str, *cases: Case, commit: str = "a" * 40) -> Path:
+        found = Result("score_step", {**environment, "commit": commit}, {"quick": False}, list(cases))
+        found.save(tmp_path / name / "gpu")
+        with tarfile.open(tmp_path / f"{name}.tar.gz", "w:gz") as packed:
+            packed.add(tmp_path / name / "gpu", "gpu")
+        return tmp_path / f"{name}.tar.gz"
+
+    first, again = step_case(64), step_case(64)
+    again.samples["cat"] = [1.0] * 6
+    folder = tmp_path / "results"
+    report.add(archive("one", first, step_case(256)), folder)
+    report.add(archive("two", step_case(8), again), folder)
+    cases = Result.load(folder / "gpu" / "score_step.json").cases
+    assert [case.labels["rows"] for case in cases] == [256, 8, 64]
+    assert cases[2].samples["cat"] == again.samples["cat"], "the newer of two"
+    assert "gpu/score_step.json: 3 cases" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"other conditions, at {'a' * 40} and not at {'b' * 40}: move it away"):
+        report.add(archive("three", step_case(1), commit="b" * 40), folder)
+    (tmp_path / "cut.tar.gz").write_bytes(archive("four", step_case(1)).read_bytes()[:50])
+    with pytest.raises(SystemExit, match=r"cannot be read .* expected results"):
+        report.add(tmp_path / "cut.tar.gz", folder)
 
 
 def test_a_readme_without_markers_is_refused():

@@ -48,20 +48,29 @@ def share(operand: Any, op: int, pattern: str) -> Any:
     return 2.0 * (mixed >> np.uint64(11)).astype(np.float64) / 2**53 - 1.0
 
 
+def off(exact: Any, bound: Any, shares: Any) -> Any:
+    """As far from the exact value as these shares of the bound, which holds for what is rounded to float32 as well."""
+    nearest = exact.astype(np.float32)
+    unit = np.abs(np.spacing(nearest)).astype(np.float64)
+    moved = exact + shares * np.maximum(bound - unit / 2, 0.0)
+    return np.where(np.isfinite(nearest) & (nearest != 0), moved, exact).astype(np.float32)
+
+
 def exp(x: Any, pattern: str) -> Any:
     power = (x * LOG2_E).astype(np.float32)
-    return np.exp2(power.astype(np.float64)) * (1 + EXP2_ERROR * share(power, 0, pattern))
+    exact = np.exp2(power.astype(np.float64))
+    return off(exact, EXP2_ERROR * exact, share(power, 0, pattern))
 
 
 def divide(dividend: Any, divisor: Any, pattern: str) -> Any:
-    quotient = dividend.astype(np.float64) / divisor.astype(np.float64)
-    unit = np.abs(np.spacing(quotient.astype(np.float32))).astype(np.float64)
-    off = DIVISION_ERROR * unit * share(np.broadcast_to(divisor, quotient.shape), 1, pattern)
-    return np.where(np.isfinite(quotient) & (quotient != 0), quotient + off, quotient)
+    exact = dividend.astype(np.float64) / divisor.astype(np.float64)
+    bound = DIVISION_ERROR * np.abs(np.spacing(exact.astype(np.float32))).astype(np.float64)
+    return off(exact, bound, share(np.broadcast_to(divisor, exact.shape), 1, pattern))
 
 
 def rsqrt(x: Any, pattern: str) -> Any:
-    return (1 + RSQRT_ERROR * share(x, 2, pattern)) / np.sqrt(x.astype(np.float64))
+    exact = 1 / np.sqrt(x.astype(np.float64))
+    return off(exact, RSQRT_ERROR * exact, share(x, 2, pattern))
 
 
 def install(pattern: str) -> None:
@@ -75,7 +84,7 @@ def install(pattern: str) -> None:
             if operands[0].data.dtype != np.float32:
                 return exact(self, *operands)
             with np.errstate(all="ignore"):
-                value = compute(*(operand.data for operand in operands), pattern).astype(np.float32)
+                value = compute(*(operand.data for operand in operands), pattern)
             return interpreter.TensorHandle(value, operands[0].dtype.scalar)
 
         setattr(builder, name, create)

@@ -53,5 +53,5 @@ def test_the_errors_are_as_large_as_a_gpu_may_make_them_and_no_larger(pattern):
         (approximations.rsqrt, (positive,), root, approximations.RSQRT_ERROR * root),
     ):
         found = compute(*operands, pattern)
-        assert 0.99 < (np.abs(found - exact) / bound).max() < 1.0001
+        assert 0.9 < (np.abs(found.astype(np.float64) - exact) / bound).max() <= 1
         assert np.array_equal(compute(*(each[::-1] for each in operands), pattern), found[::-1]), "of the operand alone"

@@ -107,19 +107,20 @@ def assert_step_is_right(step: Step) -> None:
 
     live = step.slots >= 0
     slots = step.slots[live]
-    x = torch.cat([entry[live].double() for entry in step.hidden_states], dim=1).abs()
-    logit_error = dot_depth(state.widths) * EPS * (x @ weight.abs().T + bias.abs())
+    x = torch.cat([entry[live].double() for entry in step.hidden_states], dim=1)
+    logit_error = dot_depth(state.widths) * EPS * (x.abs() @ weight.abs().T + bias.abs())
     reward_error = logit_error[:, -1]
     gate, reward = expected[live].unbind(1)
     error_of_gate = torch.zeros_like(reward_error)
     if len(bias) == 2:
-        error_of_gate = logit_error[:, 0] / 4 + gate_error(gate.logit(), gate)
+        error_of_gate = logit_error[:, 0] / 4 + gate_error((x @ weight.T + bias)[:, 0], gate)
     weighted_error = error_of_gate * reward.abs() + gate * reward_error + EPS * (gate * reward).abs()
 
     assert torch.equal(gate_reward[~live], expected[~live].float()), "a skipped row was written"
     assert ((gate_reward[live, 0] - gate).abs() <= error_of_gate).all()
     assert ((gate_reward[live, 1] - reward).abs() <= reward_error).all()
     errors = torch.stack([weighted_error, error_of_gate], dim=1) + EPS * sums[slots].abs()
+    assert errors.isfinite().all()
     assert ((state.sums[slots] - sums[slots]).abs() <= errors).all()
     untouched = torch.ones(state.slots, dtype=torch.bool, device=DEVICE).index_fill_(0, slots, False)
     assert torch.equal(state.sums[untouched].double(), sums[untouched]), "another slot was written"
