@@ -98,7 +98,7 @@ def _run_step(step: Step, deadline: float, no_gpu: str | None, log: StageLog, va
         return not_run("no time was left")
     command = step.command(limit)
     log.begin(step.name, command)
-    return run(command, limit, log.path, {**variables, **step.environment}, log.keep, step.fine)
+    return run(command, limit, log.path, {**variables, **step.environment}, log.keep, step.fine, step.grace)
 
 
 def _outcomes_before(notes: Path, environment: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,8 @@ class Step:
     """Seconds that it may take, for the estimate."""
     fine: tuple[int, ...] = (0,)
     """Exit statuses that are no failure."""
+    grace: float = 3.0
+    """Seconds between interrupt and kill."""
     prefix: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -102,6 +104,8 @@ class PytestRun(Step):
     """By words in their names, as pytest's -k has it."""
     shared: bool = False
     """Whether several processes share them, where pytest-xdist is there."""
+    grace: float = 14.0
+    """pytest-xdist waits ten for a worker that hangs, and then writes what it has."""
 
     @property
     def xml(self) -> Path:

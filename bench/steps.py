@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 14.0
-"""Seconds between the interrupt and the kill: xdist waits ten for a worker that hangs, then writes what it has."""
 LOOK_EVERY = 10.0
 """Seconds after which what a command has written so far is kept."""
+_LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 GONE = 5.0
 """Seconds that a killed process is waited for: one that is stuck in a driver may stay."""
 
@@ -52,11 +51,12 @@ def run(
     environment: Mapping[str, str],
     meanwhile: Callable[[], None] = lambda: None,
     fine: Sequence[int] = (0,),
+    grace: float = 3.0,
 ) -> Outcome:
     """Runs a command for at most `limit` seconds, with what it prints appended to `log`; `fine` are no failures.
 
-    It is interrupted GRACE seconds before, as by Ctrl-C, and killed in the end, with all that it has started. It writes
-    into the file, not into a pipe that somebody it has left behind could hold open.
+    It is interrupted `grace` seconds before, as by Ctrl-C, and killed in the end, with all that it has started. It
+    writes into the file, not into a pipe that somebody it has left behind could hold open.
     """
     if shutil.which(command[0]) is None:
         return not_run(f"{command[0]} is not on the PATH")
@@ -76,7 +76,7 @@ def run(
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     try:
-        interrupted = not _wait(process, start + max(limit - GRACE, limit / 2), meanwhile)
+        interrupted = not _wait(process, start + max(limit - grace, limit / 2), meanwhile)
         if interrupted:
             _signal(process, signal.SIGINT)
             _wait(process, start + limit, meanwhile)
@@ -115,8 +115,7 @@ def end_what_runs_when_ended() -> None:
 
 def _end_with_parent() -> None:
     """Also where the parent is killed and cannot."""
-    death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], until: float, meanwhile: Callable[[], None]) -> bool:

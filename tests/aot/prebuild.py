@@ -211,7 +211,7 @@ def warm_up_attach() -> int:
 
 def warm_up_benchmarks() -> int:
     """What benchmarks of a decode step launch beyond the tests: the norms of Llama-3.1-8B that close no step."""
-    from bench.shapes import SHAPES, TINY, llama
+    from bench.shapes import SHAPES, Shape, llama
     from swift_kernels import SwiftHead, attach
 
     cases = 0
@@ -219,8 +219,7 @@ def warm_up_benchmarks() -> int:
         for entries in ("all", "4", "logits"):
             SwiftHead(shape.widths(entries)).warmup("cpu", torch.bfloat16)
             cases += 1
-    wide = TINY.__class__("8B's width", 2, 4096, 128, 32, 8, 512)
-    model = llama(wide, torch.device("cpu"))
+    model = llama(Shape("as wide as Llama-3.1-8B", 2, 4096, 128, 32, 8, 512), torch.device("cpu"))
     for fuse in ("gather", "norm"):
         with attach(model, SwiftHead.for_model(model), fuse=fuse) as scorer:
             scorer.warmup(ONE_ROW)

@@ -28,7 +28,7 @@ ROOT = Path(gpu.__file__).parents[1]
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """What a stage works in, as if there were a GPU, with three seconds between interrupt and kill."""
+    """What a stage works in, as if there were a GPU."""
     folder = tmp_path / "work"
     for module in (gpu, stage_log, stages):
         monkeypatch.setattr(module, "WORK", folder)
@@ -37,7 +37,6 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(gpu, "MEASURED", folder / "results")
     monkeypatch.setattr(gpu, "SAVING", 0.0)
     monkeypatch.setattr(gpu, "seconds_since_start", lambda: 0.0)
-    monkeypatch.setattr(steps, "GRACE", 3.0)
     monkeypatch.setattr(kernel_cache, "ARCHIVE", tmp_path / "kernels.tar.gz")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(stages, "number_of_workers", lambda: 0)
@@ -174,7 +173,6 @@ def test_tests_that_cannot_run_are_a_failure(monkeypatch, tmp_path, work, fault)
 @pytest.mark.parametrize(("workers", "hang"), [(0, "time.sleep(60)"), (2, DEAF_TO_ALL)], ids=["interruptible", "in C"])
 def test_a_test_that_hangs_leaves_the_others_results(monkeypatch, tmp_path, work, workers, hang):
     """In a worker also one that hangs as in a driver, where no interrupt reaches Python."""
-    monkeypatch.setattr(steps, "GRACE", 14.0)
     monkeypatch.setattr(stages, "number_of_workers", lambda: workers)
     file = tmp_path / "test_it.py"
     file.write_text(TESTS.format(hang=hang))
@@ -253,7 +251,7 @@ def test_the_stages_have_what_they_promise():
             command = step.command(step.limit)
             assert ("-v" in command and "-q" not in command) or not isinstance(step, PytestRun)
             if isinstance(step, Benchmark):
-                assert float(command[command.index("--budget") + 1]) < step.limit
+                assert float(command[command.index("--budget") + 1]) < step.limit - step.grace
     assert [step.name.partition(" ")[0] for step in STAGES[1]] == [
         *("machine", "stress", "tests", "score_step", "decode", "score_sequence", "memory")
     ]
@@ -292,8 +290,8 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 from pathlib import Path
 from bench import steps
 steps.end_what_runs_when_ended()
-steps.GRACE = float(sys.argv[2])
-print(steps.run([sys.executable, '-c', {code!r}], 30.0, Path(sys.argv[1]), {{}}).seconds, flush=True)
+command, grace = [sys.executable, '-c', {code!r}], float(sys.argv[2])
+print(steps.run(command, 30.0, Path(sys.argv[1]), {{}}, grace=grace).seconds, flush=True)
 """
 
 
