@@ -54,10 +54,9 @@ def save(head: SwiftHead, path: str | Path) -> None:
             f"the weights are {head.weight.dtype}, the config says {head.config.dtype}: convert with "
             "head.with_config(dtype=...)"
         )
-    save_file = _safetensors().save_file
+    _safetensors()  # or it says what to install
     folder = Path(path)
-    with files.replacing(folder / WEIGHTS_NAME) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}, temporary)
+    files.write_tensors(folder / WEIGHTS_NAME, head.state_dict())
     config = {"format_version": FORMAT_VERSION, "layers_convention": LAYERS_CONVENTION, **head.config.to_dict()}
     files.write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

@@ -6,10 +6,13 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -66,6 +69,20 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replaces the content of `path` by `text`, or leaves it as it was."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, str] | None = None
+) -> None:
+    """Replaces `path` by a safetensors file of these tensors, or leaves it as it was.
+
+    safetensors' own `save_file` writes to a temporary file of a name that nobody could clean up after a kill.
+    """
+    from safetensors.torch import save
+
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, header)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def whole_lines(path: Path) -> tuple[list[bytes], int]:

@@ -19,11 +19,8 @@ class ResumeError(ValueError):
 
 def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], identity: dict[str, Any]) -> None:
     """Writes the state of a fit; `identity` says which fit it is, flat and readable."""
-    from safetensors.torch import save_file
-
     header = {"format": FORMAT, "identity": json.dumps(identity), "facts": json.dumps(facts)}
-    with files.replacing(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, header)
+    files.write_tensors(path, tensors, header)
 
 
 def remove(path: Path) -> None:

@@ -62,12 +62,9 @@ class Sketch:
         return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
 
     def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
         tensors = {f"projection.{k}": tensor for k, tensor in enumerate(self.projections)}
         tensors |= {f"mean.{k}": tensor for k, tensor in enumerate(self.means)}
-        with files.replacing(path) as temporary:
-            save_file(tensors, temporary)
+        files.write_tensors(path, tensors)
 
     @staticmethod
     def load(path: Path) -> Sketch:

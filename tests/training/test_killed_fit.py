@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from swift_kernels import files
+from swift_kernels.training import resume
 from swift_kernels.training.rollouts import RolloutWriter
 from tests.training.test_collection import make_job
 from tests.training.test_stored import collected, graded
@@ -39,6 +42,25 @@ def epochs_done(checkpoint: Path) -> dict[str, int]:
     with safe_open(checkpoint, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
     return {phase: sweep["heads"][0]["epoch"] for phase, sweep in facts.items()}
+
+
+def test_killed_while_it_writes_a_fit_leaves_only_what_the_next_one_removes(tmp_path: Path) -> None:
+    """The system kills a process in the middle of a file that grows beyond what it may have."""
+    path = tmp_path / "unfinished-fit.safetensors"
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from swift_kernels.training import resume
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+resume.save(Path({str(path)!r}), {{"weight": torch.zeros(2, 1000)}}, {{}}, {{}})
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGXFSZ
+    left = list(tmp_path.iterdir())
+    assert left
+    assert set(left) == set(files.leftovers(path))
+    resume.remove(path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
