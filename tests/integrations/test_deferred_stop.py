@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation import utils
 
 from swift_kernels import SwiftHead, attach
 from tests.architectures import tiny_model
 from tests.integrations.helpers import generate
 
-utils = pytest.importorskip("transformers.generation.utils")
 if not hasattr(utils, "DeferredStopCheck"):
     pytest.skip("this transformers waits for the device at every token", allow_module_level=True)
 
