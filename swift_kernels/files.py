@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it over `path` on success, removes it on any exception.
 
-    A symbolic link is followed; what is no regular file (a device, a pipe) is refused, as renaming would destroy it.
+    What killed processes left of the same file is removed first. A symbolic link is followed; what is no regular file
+    (a device, a pipe) is refused, as renaming would destroy it.
     """
     target = check_replaceable(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    remove_leftovers(target)
+    temporary, descriptor = _locked_temporary(target)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -39,6 +40,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    finally:
+        os.close(descriptor)
 
 
 def check_replaceable(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
@@ -59,10 +62,28 @@ def check_replaceable(path: str | os.PathLike[str], *sources: str | os.PathLike[
     return target
 
 
-def leftovers(path: str | os.PathLike[str]) -> list[Path]:
-    """The temporary files of `path` that killed processes left behind, and those that are being written."""
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes the temporary files of `path` that killed processes left behind, not those that are being written."""
     target = Path(path).resolve()
-    return list(target.parent.glob(f".{glob.escape(target.name)}.*.tmp"))
+    for file in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        # It is locked while it is written, by another process or thread; or it has just got its final name.
+        with suppress(OSError), open(file, "rb+") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+
+
+def _locked_temporary(target: Path) -> tuple[Path, int]:
+    """A new file beside `target`, and its descriptor: the system unlocks it when that is closed, or the process dies.
+
+    Where a file system has no locks, leftovers are not removed.
+    """
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return Path(name), descriptor
+        os.close(descriptor)  # taken for a leftover before it was locked
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -25,8 +25,8 @@ def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any], identity
 
 def remove(path: Path) -> None:
     """Removes the state of a fit that has ended, and what killed runs wrote of it by half."""
-    for file in (path, *files.leftovers(path)):
-        file.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    files.remove_leftovers(path)
 
 
 def load(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from swift_kernels.integrations.shared_prompt import forward_responses
 from swift_kernels.processes import Processes
 from swift_kernels.training import collection, generation
 from swift_kernels.training import sketch as sketch_module
+from swift_kernels.training import store as stores
 from swift_kernels.training.collection import Job, collect_rollouts
 from swift_kernels.training.generation import Sampling, settings
 from swift_kernels.training.rollouts import RolloutError, read
@@ -159,6 +161,26 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
                 collect(broken)
     collect(broken)
     assert contents(broken.output.parent) == contents(whole.output.parent)
+
+
+WRITES_SHARDS_OF_AT_MOST_1000_BYTES = """
+import resource, signal, sys, torch
+from swift_kernels.training.store import Layout, StoreWriter
+writer = StoreWriter(sys.argv[1], Layout(("hidden_states",), (16,), (0,), 2), {"name": "tiny"})
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+writer.write("00000", [], [torch.zeros(2, 16)])
+writer.write("00002", [], [torch.zeros(100, 16)])
+"""
+
+
+def test_killed_while_it_writes_a_shard_leaves_only_what_the_next_run_removes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITES_SHARDS_OF_AT_MOST_1000_BYTES, str(tmp_path)]
+    assert subprocess.run(command).returncode == -signal.SIGXFSZ
+    whole = {tmp_path / name for name in ("store.json", "00000.safetensors", "00000.json")}
+    assert set(tmp_path.iterdir()) > whole
+    assert stores.drop_damaged(tmp_path) == []
+    assert set(tmp_path.iterdir()) == whole
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "record"])
