@@ -148,7 +148,8 @@ class Scorer:
 
         Args:
             slots: int64 `[rows]` on the model's device, the slot of each row, negative to skip it. It is read at
-                every step and may be changed in place.
+                every step and may be changed in place. A graph that was captured after `begin` goes on scoring when
+                that is called again, with the same tensor and number of slots.
             num_slots: how many slots there are; as many as rows unless told otherwise.
         """
         self._check_inside()
@@ -161,9 +162,13 @@ class Scorer:
             )
         self._run = None
         self._looping = True
-        self._whole_sequences = self._scored = False
+        self._whole_sequences = False
         num_slots = slots.shape[0] if num_slots is None else num_slots
+        state, own_slots = self._state, self._slots
         self._reset(num_slots, slots.shape[0])
+        if self._state is not state or slots is not own_slots:
+            # Else what scored may have been captured, and a graph is replayed without telling.
+            self._scored = False
         self._slots = slots
         if self._late is not None:
             self._late.begin(num_slots)
@@ -471,7 +476,8 @@ class Scorer:
             if not self._scored:
                 raise NotScoredError(
                     "no forward of one position was scored since begin(): a model that was compiled or captured "
-                    "before attach() does not run its hooks; attach first"
+                    "before attach() does not run its hooks, so attach first; and a graph knows the slots, and their "
+                    "number, that begin() was given before it was captured"
                 )
         else:
             run = self._finished_run()

@@ -11,6 +11,7 @@ import torch
 
 from bench import best_of_n, decode, memory, rivals, score_sequence, score_step, shapes
 from swift_kernels import SwiftHead
+from tests.recorded import recorded
 
 CPU = torch.device("cpu")
 ROWS, WIDTHS = 3, [64, 32]
@@ -54,16 +55,21 @@ def tiny() -> Any:
     return shapes.llama(shapes.TINY, CPU)
 
 
+def decode_contenders(tiny: Any, head: SwiftHead, stack: ExitStack, shared: bool) -> list[decode.Contender]:
+    contenders: list[decode.Contender] = []
+    for name in decode.CONTENDERS["eager"]:
+        cache = contenders[0].decoder.cache if shared and contenders else None
+        decoder_of = partial(decode.Decoder, rows=2, context=20, cache=cache)
+        contenders.append(decode.Contender(name, "eager", tiny, head, decoder_of, stack))
+    return contenders
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["own caches", "one cache"])
 @pytest.mark.parametrize("fault", ["weights", "a step too few", "what was to be skipped"])
 def test_wrong_scores_of_a_decode_step_are_found(tiny, fault, shared):
     head = SwiftHead.for_model(tiny)
     with torch.no_grad(), ExitStack() as stack:
-        contenders: list[decode.Contender] = []
-        for name in decode.CONTENDERS["eager"]:
-            cache = contenders[0].decoder.cache if shared and contenders else None
-            decoder_of = partial(decode.Decoder, rows=2, context=20, cache=cache)
-            contenders.append(decode.Contender(name, "eager", tiny, head, decoder_of, stack))
+        contenders = decode_contenders(tiny, head, stack, shared)
         steps = [each.step for each in contenders]
         assert decode.faults(contenders, "eager", steps, head) == {}
         if fault == "weights":
@@ -78,6 +84,17 @@ def test_wrong_scores_of_a_decode_step_are_found(tiny, fault, shared):
         found = decode.faults(contenders, "eager", steps, head)
         assert found.keys() == message.keys()
         assert all(message[name] in told for name, told in found.items())
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own caches", "one cache"])
+def test_decode_steps_score_as_captured_graphs_do(tiny, shared, monkeypatch):
+    """Replayed without the Python of a step, which no quick run on a CPU does."""
+    monkeypatch.setattr(decode, "Replay", lambda calls, device: recorded(calls[0]))
+    head = SwiftHead.for_model(tiny)
+    with torch.no_grad(), ExitStack() as stack:
+        contenders = decode_contenders(tiny, head, stack, shared)
+        steps = [each.captured() for each in contenders]
+        assert decode.faults(contenders, "eager", steps, head) == {}
 
 
 def iter_once(step: Any) -> Any:

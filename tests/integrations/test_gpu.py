@@ -15,6 +15,7 @@ from tests.architectures import NAMED, randomised, tiny_model
 from tests.integrations.helpers import check_parity, generate, responses_of
 from tests.integrations.test_norm_path import EVERY
 from tests.oracle import assert_scores, captured_tokens, oracle
+from tests.recorded import decode_both_ways
 
 pytestmark = pytest.mark.gpu
 
@@ -101,21 +102,6 @@ def test_static_cache_is_compiled_and_replayed(name, layers, gpu_prompts):
                 torch.testing.assert_close(scorer.scores(), eager, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-def decode_both_ways(scorer, state_of, step, capture, token, slots):
-    """Scores and counts of the same tokens and routes, eagerly and with what `capture(step)` makes of the step."""
-    inputs = [torch.randint(6, 96, (3, 1), device="cuda") for _ in range(5)]
-    routes = [[0, 1, 2], [2, 1, 0], [0, -1, 1], [1, 2, -1], [-1, -1, 0]]
-    results = []
-    for run in (capture(step), step):
-        state_of(scorer).reset_()
-        for values, route in zip(inputs, routes, strict=True):
-            token.copy_(values)
-            slots.copy_(torch.tensor(route))
-            run()
-        results.append((scorer.scores(), scorer.token_counts()))
-    return results
-
-
 def captured(step):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -139,12 +125,6 @@ def test_a_recorded_decode_step(capture, fuse, layers):
     """Replayed with other inputs and other slots, a graph gives what eager steps give."""
     model = on_gpu("llama")
     head = SwiftHead.for_model(model, layers)
-    token = torch.full((3, 1), 9, device="cuda")
-    slots = torch.arange(3, device="cuda")
-    mask = torch.ones(3, 1, 1, 1, dtype=torch.bool, device="cuda")
-
-    def step():
-        return model(input_ids=token, attention_mask=mask, use_cache=False).logits
 
     def compiled(step):
         run = torch.compile(step, mode="reduce-overhead", fullgraph=True)
@@ -153,16 +133,9 @@ def test_a_recorded_decode_step(capture, fuse, layers):
             run()
         return run
 
-    def state_where_nothing_waits(scorer):
-        if scorer._late is not None:
-            scorer._late.begin(3)
-        return scorer._state
-
     with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
-        scorer.warmup(3)
-        scorer.begin(slots)
         make = captured if capture == "graph" else compiled
-        results = decode_both_ways(scorer, state_where_nothing_waits, step, make, token, slots)
+        results = decode_both_ways(scorer, make, model, "cuda")
     assert torch.equal(results[0][1], results[1][1])
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-5)
 

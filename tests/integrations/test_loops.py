@@ -11,9 +11,10 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift_kernels import SwiftHead, attach
-from swift_kernels.integrations.generation import Run
+from swift_kernels.integrations.generation import NotScoredError, Run
 from tests.architectures import fresh_model
 from tests.integrations.helpers import generate
+from tests.recorded import decode_both_ways, recorded
 
 
 def decode_loop(model, inputs, steps, before_step=lambda step: None):
@@ -110,6 +111,39 @@ def test_a_compiled_step_is_compiled_once_and_copies_no_buffers(model, head):
     for buffer in buffers:
         assert buffer.op == "placeholder", buffer
         assert buffer.meta["tensor_dict"].get("_dynamo_static_input_type"), buffer
+
+
+@pytest.mark.parametrize(
+    ("fuse", "layers"),
+    [("gather", "all"), ("norm", "all"), ("gather", "top_logprobs")],
+    ids=["gather", "norm", "top-logprobs"],
+)
+def test_a_recorded_step_scores_without_its_python(model, fuse, layers, monkeypatch):
+    """A CUDA graph runs no hook: that it scores is known from the recording, which stays with its slots."""
+    # It reads the slots, which is only done on the CPU.
+    monkeypatch.setattr("swift_kernels.integrations.top_logprobs.check_slots", lambda *_: None)
+    with torch.no_grad(), attach(model, SwiftHead.for_model(model, layers), fuse=fuse) as scorer:
+        recording, eager = decode_both_ways(scorer, recorded, model, "cpu")
+        assert eager[1].sum() > 0
+        assert torch.equal(recording[1], eager[1])
+        torch.testing.assert_close(recording[0], eager[0], rtol=1e-5, atol=1e-6)
+        for arguments in ((torch.arange(3),), (torch.arange(3), 5)):
+            scorer.begin(*arguments)
+            with pytest.raises(NotScoredError, match="no forward of one position was scored"):
+                scorer.scores()
+
+
+def test_a_recorded_step_whose_rows_have_all_ended_gives_no_scores(model, head):
+    slots = torch.tensor([0, 1])
+    token = torch.full((2, 1), 9)
+    with torch.no_grad(), attach(model, head) as scorer:
+        scorer.begin(slots)
+        replay = recorded(lambda: model(input_ids=token, use_cache=False))
+        slots.fill_(-1)
+        scorer.begin(slots)
+        replay()
+        assert scorer.scores().isnan().all()
+        assert scorer.token_counts().tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("fuse", ["gather", "norm"])
