@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,19 @@ def pytest_pyfunc_call() -> Iterator[None]:
         if memory >= ENOUGH_GB:
             raise
         pytest.skip(f"needs more than the {memory:.0f} GB of this GPU")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Ends a worker of pytest-xdist in which a failed test has left an error of the GPU behind.
+
+    Every later test of the process would fail with it. The report is sent by now, and a new worker goes on.
+    """
+    if report.failed and "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 @pytest.fixture(scope="session", params=["smollm2", "gemma3-270m"])

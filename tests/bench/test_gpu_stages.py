@@ -187,6 +187,45 @@ def test_a_test_that_hangs_leaves_the_others_results(monkeypatch, tmp_path, work
     assert "test_some[2]" in (output / "failed_tests.json").read_text()
 
 
+BROKEN_BY_ONE = """
+import os
+import pytest, torch
+from tests.conftest import pytest_runtest_logreport
+broken = []
+def synchronize():
+    if broken:
+        raise RuntimeError("an illegal memory access was encountered")
+torch.cuda.is_initialized = lambda: True
+torch.cuda.synchronize = synchronize
+@pytest.fixture
+def gpu():
+    yield broken
+    synchronize()
+"""
+ONE_BREAKS_IT = """
+import pytest, torch
+@pytest.mark.parametrize("number", range(24))
+def test_some(gpu, number):
+    if number == 5:
+        gpu.append("broken")
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_breaks_the_gpu_for_its_process_fails_alone(monkeypatch, tmp_path, work):
+    monkeypatch.setattr(stages, "number_of_workers", lambda: 2)
+    (tmp_path / "conftest.py").write_text(BROKEN_BY_ONE)
+    file = tmp_path / "test_it.py"
+    file.write_text(ONE_BREAKS_IT)
+    assert run([PytestRun("tests", (str(file),), 50.0, shared=True)], monkeypatch, tmp_path / "output")
+    [name] = json.loads((tmp_path / "output" / "failed_tests.json").read_text())
+    assert name.endswith("::test_some[5]")
+    cases = ElementTree.parse(tmp_path / "output" / "tests.xml").iter("testcase")
+    passed = {case.get("name") for case in cases if not len(case)}
+    assert passed >= {f"test_some[{number}]" for number in range(24) if number != 5}
+
+
 def test_a_folder_that_takes_nothing_is_told_once_and_the_rest_goes_on(monkeypatch, tmp_path, work, capsys):
     (tmp_path / "file").write_text("")
     made = [python("one", "print('first')"), python("two", "print('second')")]
