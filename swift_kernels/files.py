@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 import os
@@ -26,22 +25,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_replaceable(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target)
-    temporary, descriptor = _locked_temporary(target)
-    try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes private files; the result gets the permissions any new file would.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(target)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    finally:
+    with _locked(target.parent):
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(descriptor)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            # mkstemp makes private files; the result gets the permissions any new file would.
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
+            temporary.replace(target)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            raise
 
 
 def check_replaceable(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
@@ -63,27 +63,43 @@ def check_replaceable(path: str | os.PathLike[str], *sources: str | os.PathLike[
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the temporary files of `path` that killed processes left behind, not those that are being written."""
+    """Removes the temporary files of `path` that killed processes left behind, unless a folder's files are written."""
     target = Path(path).resolve()
-    for file in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        # It is locked while it is written, by another process or thread; or it has just got its final name.
-        with suppress(OSError), open(file, "rb+") as left:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.unlink()
+    # mkstemp adds eight characters.
+    remove_abandoned(target.parent, f".{glob.escape(target.name)}.????????.tmp")
 
 
-def _locked_temporary(target: Path) -> tuple[Path, int]:
-    """A new file beside `target`, and its descriptor: the system unlocks it when that is closed, or the process dies.
+def remove_abandoned(folder: Path, *patterns: str) -> None:
+    """Removes files of such names from a folder, unless one is being written there; nothing without locks.
 
-    Where a file system has no locks, leftovers are not removed.
+    The system unlocks the folder when a process ends, however it does.
     """
-    while True:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.path.exists(name):
-            return Path(name), descriptor
-        os.close(descriptor)  # taken for a leftover before it was locked
+    with _locked(folder, alone=True) as locked:
+        for file in [file for pattern in patterns for file in folder.glob(pattern)] if locked else []:
+            with suppress(OSError):  # another user's, or no file
+                file.unlink()
+
+
+@contextmanager
+def _locked(folder: Path, alone: bool = False) -> Iterator[bool]:
+    """Locks a folder, with others who write there or alone at once; False where that cannot be.
+
+    The folder and not the temporary file, as libraries may replace that by one of their own.
+    """
+    descriptor = None
+    try:
+        import fcntl  # Windows has none
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        locked = True
+    except (ImportError, OSError):
+        locked = False
+    try:
+        yield locked
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

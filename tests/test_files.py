@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -37,7 +39,9 @@ def test_killed_it_leaves_the_old_file_and_nothing_that_the_next_write_does_not_
 ) -> None:
     path = tmp_path / "a [file].txt"
     path.write_text("old")
-    (tmp_path / ".another.txt.12345678.tmp").write_text("of a file of another name")
+    for name in (".another.txt.12345678.tmp", ".a [file].txt.part0.12345678.tmp", ".a [file].txt.mine.tmp"):
+        (tmp_path / name).write_text("of a file of another name")
+    (tmp_path / ".a [file].txt.87654321.tmp").mkdir()
     before = set(tmp_path.iterdir())
     for _ in range(2):
         killed_while_it_writes(code, path)
@@ -48,14 +52,34 @@ def test_killed_it_leaves_the_old_file_and_nothing_that_the_next_write_does_not_
     assert set(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("write_again", [False, True], ids=["removed", "written again"])
-def test_what_is_being_written_is_no_leftover(tmp_path: Path, write_again: bool) -> None:
+@pytest.mark.parametrize("meanwhile", ["removed", "written", "written by a library"])
+def test_what_is_being_written_is_no_leftover(tmp_path: Path, meanwhile: str) -> None:
     path = tmp_path / "file.txt"
     with files.replacing(path) as temporary:
+        if meanwhile == "written by a library":  # that replaces it by a file of its own
+            temporary.unlink()
         temporary.write_text("first")
-        if write_again:
-            files.write_text(path, "second")
-        else:
+        if meanwhile == "removed":
             files.remove_leftovers(path)
+        else:
+            files.write_text(path, "second")
     assert path.read_text() == "first", "the last to end wins"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("what", ["no locks", "no such module"])
+def test_without_locks_files_are_written_and_leftovers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    leftover = tmp_path / ".file.txt.12345678.tmp"
+    leftover.touch()
+    if what == "no such module":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    files.write_text(tmp_path / "file.txt", "new")
+    assert (tmp_path / "file.txt").read_text() == "new"
+    assert leftover.exists()
+    monkeypatch.undo()
+    files.write_text(tmp_path / "file.txt", "newer")
+    assert not leftover.exists()

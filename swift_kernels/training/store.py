@@ -355,11 +355,9 @@ def begun_sketch(path: Path, other: Path | None, layout: Layout) -> Sketch:
 def drop_damaged(path: Path) -> list[str]:
     """Removes the records of damaged shards, which are then made anew, and says what is wrong with each.
 
-    What killed runs wrote by half is removed too, so nobody else may be writing into the store: our temporary files,
-    and those of safetensors' `save_file`, `.tmp` and six letters.
+    What killed runs wrote by half is removed too, also by safetensors' `save_file`, which adds six letters to `.tmp`.
     """
-    for file in (*path.glob(".*.tmp"), *path.glob(".tmp??????")):
-        file.unlink()
+    files.remove_abandoned(path, ".[0-9]*.????????.tmp", ".tmp??????")
     found = []
     for shard in shards_of(path):
         if problem := damage(path, shard):

@@ -179,6 +179,10 @@ def test_killed_while_it_writes_a_shard_leaves_only_what_the_next_run_removes(tm
     assert subprocess.run(command).returncode == -signal.SIGXFSZ
     whole = {tmp_path / name for name in ("store.json", "00000.safetensors", "00000.json")}
     assert set(tmp_path.iterdir()) > whole
+    for name in (".important.tmp", ".tmp.of.mine"):
+        (tmp_path / name).touch()
+    (tmp_path / ".tmpfolder").mkdir()
+    whole |= {tmp_path / name for name in (".important.tmp", ".tmp.of.mine", ".tmpfolder")}
     assert stores.drop_damaged(tmp_path) == []
     assert set(tmp_path.iterdir()) == whole
 

@@ -68,7 +68,7 @@ class TestResume:
             assert torch.equal(head.weight, other.weight)
             assert torch.equal(head.bias, other.bias)
         assert list(tmp_path.iterdir()) == [path], "until the heads are saved, this is all that there is of the fit"
-        (tmp_path / ".fit.safetensors.half.tmp").write_bytes(b"")
+        (tmp_path / ".fit.safetensors.abcdefgh.tmp").write_bytes(b"")
         resume.remove(path)
         assert not list(tmp_path.iterdir())
 
