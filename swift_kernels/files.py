@@ -84,14 +84,15 @@ def remove_abandoned(folder: Path, *patterns: str) -> None:
 def _locked(folder: Path, alone: bool = False) -> Iterator[bool]:
     """Locks a folder, with others who write there or alone at once; False where that cannot be.
 
-    The folder and not the temporary file, as libraries may replace that by one of their own.
+    The folder and not the temporary file, as libraries may replace that by one of their own. Nobody waits: who runs
+    this may have locked the folder, and waits for us.
     """
     descriptor = None
     try:
         import fcntl  # Windows has none
 
         descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         locked = True
     except (ImportError, OSError):
         locked = False

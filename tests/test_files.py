@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import Mock
+from unittest import mock
 
 import pytest
 
@@ -67,19 +71,25 @@ def test_what_is_being_written_is_no_leftover(tmp_path: Path, meanwhile: str) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("what", ["no locks", "no such module"])
-def test_without_locks_files_are_written_and_leftovers_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+@pytest.fixture(params=["no locks", "no such module", "locked by who runs this"])
+def without_locks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        if request.param == "no such module":
+            stack.enter_context(mock.patch.dict(sys.modules, fcntl=None))
+        elif request.param == "no locks":
+            error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+            stack.enter_context(mock.patch.object(fcntl, "flock", side_effect=error))
+        else:
+            descriptor = os.open(tmp_path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_without_locks_files_are_written_and_leftovers_stay(tmp_path: Path) -> None:
     leftover = tmp_path / ".file.txt.12345678.tmp"
     leftover.touch()
-    if what == "no such module":
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    else:
-        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     files.write_text(tmp_path / "file.txt", "new")
     assert (tmp_path / "file.txt").read_text() == "new"
     assert leftover.exists()
-    monkeypatch.undo()
-    files.write_text(tmp_path / "file.txt", "newer")
-    assert not leftover.exists()
