@@ -72,7 +72,8 @@ class Replay:
                     call()
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Where a call cannot be captured, torch leaves the stream that it captured on the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self._graph):
                 for call in calls:
                     call()
 

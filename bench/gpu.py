@@ -98,7 +98,12 @@ def _run_step(step: Step, deadline: float, no_gpu: str | None, log: StageLog, va
         return not_run("no time was left")
     command = step.command(limit)
     log.begin(step.name, command)
-    return run(command, limit, log.path, {**variables, **step.environment}, log.keep, step.fine, step.grace)
+
+    def keep() -> None:
+        log.keep()
+        log.keep_folder(MEASURED, "results.tar.gz")
+
+    return run(command, limit, log.path, {**variables, **step.environment}, keep, step.fine, step.grace)
 
 
 def _outcomes_before(notes: Path, environment: dict[str, Any]) -> dict[str, dict[str, Any]]:

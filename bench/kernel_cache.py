@@ -10,7 +10,7 @@ from typing import Any
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "build" / "gpu" / "kernels.tar.gz"
 FACTS = "facts.json"
-UNREADABLE = (OSError, tarfile.TarError, EOFError, KeyError, ValueError)
+UNREADABLE = (OSError, tarfile.TarError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 """What reading an archive raises that is cut short or something else."""
 PACKED = (".cubin", ".json", ".so")
 """What a launch needs. The steps on the way to it stay where they are, and so does the stand-in for libcuda.so.1."""

@@ -54,10 +54,10 @@ def kernels() -> str:
         return "none compiled ahead: make gpu-prebuild does"
     try:
         facts = kernel_cache.facts_of(kernel_cache.ARCHIVE)
+        builds = sum(part["compiled"] for part in facts["parts"].values())
+        found = f"{builds} builds ahead, by Triton {facts['triton']} for {facts['target']}"
     except kernel_cache.UNREADABLE as error:
         return f"{kernel_cache.ARCHIVE.name} cannot be read ({error!r}): make gpu-prebuild makes it anew"
-    builds = sum(part["compiled"] for part in facts["parts"].values())
-    found = f"{builds} builds ahead, by Triton {facts['triton']} for {facts['target']}"
     here = results.version("triton")
     return found if here == facts["triton"] else f"{found}: of no use to Triton {here}, which compiles anew"
 

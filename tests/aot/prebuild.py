@@ -5,8 +5,8 @@
 The tests run on the driver that drives nothing, with all their shapes and dtypes; since nothing is computed there, what
 they assert is evaluated and not insisted on. What only a GPU is asked to do, at real shapes, is launched beside it, and
 `attach` is warmed up for every architecture that it is tested with. In the end a second process unpacks the archive in
-another folder and goes through all of it again: the exit status is 1 if it compiles anything. It calls no C compiler
-either with Triton 3.6; later ones link their launcher once for every place where libcuda lies.
+another folder and goes through all of it again, twice: the exit status is 1 if it compiles anything. It calls no C
+compiler either with Triton 3.6; later ones link their launcher once for every place where libcuda lies.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import hashlib
 import importlib
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import types
@@ -35,6 +38,7 @@ import torch
 import triton
 import triton.runtime.build
 from triton import knobs
+from triton.runtime.cache import get_cache_manager
 
 from bench import kernel_cache
 from tests.aot.fake_driver import fake_driver
@@ -42,6 +46,8 @@ from tests.aot.fake_driver import fake_driver
 ROOT = Path(__file__).resolve().parents[2]
 ONE_ROW = 1
 """No kernel is compiled for a number of rows."""
+WITHOUT_FILE = ("64bit", "")
+"""What `platform.architecture` returns where the command `file` is missing."""
 
 Counts = dict[str, Any]
 """Of one part: `tests`, `hits` (found in the cache), `compiled`, `compiler_calls`, `seconds`, `compiling` (seconds)."""
@@ -51,9 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=kernel_cache.ARCHIVE)
     parser.add_argument("--part", choices=PARTS, help="only this, into Triton's own cache; prints counts as JSON")
+    parser.add_argument("--without-file", action="store_true", help="as where the command `file` is missing")
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(count(PARTS[options.part])))
+        architecture = WITHOUT_FILE if options.without_file else platform.architecture()
+        with mock.patch.object(platform, "architecture", return_value=architecture):
+            print(json.dumps(count(PARTS[options.part])))
         return
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder) / "first", Path(folder) / "second"
@@ -66,18 +75,19 @@ def main() -> None:
         ignored = shutil.ignore_patterns(".*", "build", "results", "__pycache__")
         shutil.copytree(ROOT, second / "tree", ignore=ignored)
         kernel_cache.unpack(options.output, second / "cache")
-        found = run_parts(second / "tree", second / "cache")
-    hits, compiled, calls = (total(found, what) for what in ("hits", "compiled", "compiler_calls"))
-    print(f"in another folder: {hits} hits, {compiled} compiled, {calls} gcc calls")
-    raise SystemExit(1 if compiled else 0)
+        found = [run_parts(second / "tree", second / "cache", *more) for more in ((), ("--without-file",))]
+    for where, parts in zip(("in another folder", "there without the command `file`"), found, strict=True):
+        hits, compiled, calls = (total(parts, what) for what in ("hits", "compiled", "compiler_calls"))
+        print(f"{where}: {hits} hits, {compiled} compiled, {calls} gcc calls")
+    raise SystemExit(any(total(parts, "compiled") for parts in found))
 
 
-def run_parts(tree: Path, cache: Path) -> dict[str, Counts]:
+def run_parts(tree: Path, cache: Path, *options: str) -> dict[str, Counts]:
     """Each part in a process of its own, as many at a time as there are cores."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
 
     def run(part: str) -> Counts:
-        command = [sys.executable, "-m", "tests.aot.prebuild", "--part", part]
+        command = [sys.executable, "-m", "tests.aot.prebuild", *options, "--part", part]
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{part}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -103,9 +113,14 @@ def count(part: Callable[[], int]) -> Counts:
 
     stock = triton.runtime.build._build
 
-    def build(*args: Any, **kwargs: Any) -> str:
+    def build(name: str, source: str, *args: Any, **kwargs: Any) -> str:
         outcomes["compiler_calls"] += 1
-        return stock(*args, **kwargs)
+        library = stock(name, source, *args, **kwargs)
+        # What Triton calls it depends on what the command `file` says of Python: also where that is missing.
+        key = Path(source).read_text() + ",".join([platform.machine(), platform.system(), *WITHOUT_FILE])
+        cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+        cache.put(Path(library).read_bytes(), name + sysconfig.get_config_var("EXT_SUFFIX"), binary=True)
+        return library
 
     begun = time.monotonic()
     with (
