@@ -172,6 +172,7 @@ class Contender:
 
     def captured(self) -> Call:
         """The step as a CUDA graph, on the same buffers."""
+        self.reset()  # it is called before it is captured, and what was timed before has filled the cache
         replay = Replay([self.step], self.decoder.model.device)
         self.reset()
         return replay

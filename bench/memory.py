@@ -101,9 +101,13 @@ def nbytes(tensors: Sequence[Tensor]) -> int:
 
 
 def check(scores: dict[str, Tensor], head: SwiftHead, length: int) -> None:
-    """Exits unless both give the same score, to float32's rounding of sum |W x|, which is near 0.64 sqrt(features)."""
+    """Exits unless both give the same score, to float32's rounding.
+
+    That of a reward goes by sum |W x|, which is near 0.64 sqrt(features). Each token adds half an eps of the two sums
+    at most, always in the same direction where the same hidden states return; rewards are near 1.
+    """
     mine, theirs = (float(score) for score in scores.values())
-    allowed = 4 * torch.finfo(torch.float32).eps * head.config.num_features**0.5
+    allowed = torch.finfo(torch.float32).eps * (4 * head.config.num_features**0.5 + length)
     if not abs(mine - theirs) <= allowed:
         sys.exit(f"scores of {length} tokens are {mine} and {theirs}: more than {allowed:.1e} apart; no figure")
 

@@ -9,7 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Recorder(TorchDispatchMode):
+class Recording(TorchDispatchMode):
+    """Records the operators that run inside of it."""
+
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Any, Any, Any, Any]] = []
@@ -20,6 +22,7 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def replay(self) -> None:
+        """Runs them again, on the memory of the first time."""
         for func, args, kwargs, output in self._calls:
             again = func(*args, **kwargs)
             for alias, first, second in zip(func._schema.returns, *map(_as_list, (output, again)), strict=True):
@@ -34,10 +37,9 @@ def _as_list(output: Any) -> list[Any]:
 
 def recorded(step: Callable[[], object]) -> Callable[[], None]:
     """Runs a step once, and returns what repeats all that it did to tensors, on the same memory."""
-    recorder = _Recorder()
-    with recorder:
+    with Recording() as recording:
         step()
-    return recorder.replay
+    return recording.replay
 
 
 def decode_both_ways(
