@@ -95,6 +95,26 @@ def test_whatever_a_step_does_the_others_run_and_all_is_saved(monkeypatch, tmp_p
     assert not list((tmp_path / "output").glob(".*"))
 
 
+MEASURES_AND_WAITS = """
+import pathlib, tarfile, time
+(pathlib.Path({folder!r}) / "device" / "measured.json").write_text("{{}}")
+def kept():
+    try:
+        return "device/measured.json" in tarfile.open({archive!r}).getnames()
+    except OSError:
+        return False
+while not kept():
+    time.sleep(0.1)
+"""
+
+
+def test_what_a_step_has_measured_is_kept_while_it_runs(monkeypatch, tmp_path, work):
+    monkeypatch.setattr(steps, "LOOK_EVERY", 0.2)
+    archive = tmp_path / "output" / "results.tar.gz"
+    code = MEASURES_AND_WAITS.format(folder=str(work / "results"), archive=str(archive))
+    assert not run([python("measures", code, limit=50.0)], monkeypatch, tmp_path / "output")
+
+
 def test_no_step_begins_without_time_and_none_that_succeeded_runs_again(monkeypatch, tmp_path, work, capsys):
     count = tmp_path / "count"
     counts = f"open({str(count)!r}, 'a').write('x')"
