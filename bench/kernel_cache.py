@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "build" / "gpu" / "kernels.tar.gz"
 FACTS = "facts.json"
-UNREADABLE = (OSError, tarfile.TarError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+UNREADABLE = (OSError, tarfile.TarError, zlib.error, EOFError, LookupError, ValueError, TypeError, AttributeError)
 """What reading an archive raises that is cut short or something else."""
 PACKED = (".cubin", ".json", ".so")
 """What a launch needs. The steps on the way to it stay where they are, and so does the stand-in for libcuda.so.1."""

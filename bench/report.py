@@ -13,6 +13,7 @@ import argparse
 import json
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def add(archive: Path, folder: Path) -> None:
         try:
             with tarfile.open(archive) as packed:
                 packed.extractall(unpacked, filter="data")
-        except (OSError, tarfile.TarError, EOFError) as error:
+        except (OSError, tarfile.TarError, zlib.error, EOFError) as error:
             raise SystemExit(f"{archive} cannot be read ({error}): expected results.tar.gz of bench.gpu") from None
         for device, found in load_all(Path(unpacked)).items():
             for name, result in found.items():

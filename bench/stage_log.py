@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import tarfile
@@ -64,12 +65,15 @@ class StageLog:
         self.keep(path)
 
     def keep_folder(self, folder: Path, name: str) -> None:
-        """As an archive."""
+        """Its JSON, in an archive: files that are replaced whole, some perhaps meanwhile."""
         with self._going_on():
             if folder.is_dir():
                 with tarfile.open(WORK / name, "w:gz") as archive:
-                    for each in sorted(folder.iterdir()):
-                        archive.add(each, each.name)
+                    for each in sorted(folder.rglob("*.json")):
+                        content = each.read_bytes()
+                        member = tarfile.TarInfo(str(each.relative_to(folder)))
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
                 self.keep(WORK / name)
 
     def _append(self, text: str) -> None:

@@ -28,6 +28,8 @@ KERNELS = tuple(f"tests/ops/test_{op}.py" for op in ("score_step", "rms_norm_sco
 ATTACH = "tests/integrations/test_gpu.py"
 NONE_FOUND = 5
 """Exit status of pytest where it finds no test."""
+RESTARTS = ("--max-worker-restart", "50")
+"""A worker ends where a test has broken the GPU for it."""
 WORKERS, GB_A_WORKER = 6, 12
 """Processes that share the tests, and what the largest test takes of a GPU's memory."""
 
@@ -119,7 +121,7 @@ class PytestRun(Step):
         # Where a test hangs, what it was doing is in the log before it is ended.
         options += ["-o", f"faulthandler_timeout={max(int(limit / 2), 1)}"]
         workers = number_of_workers() if self.shared else 0
-        options += ["-n", str(workers), "--dist", "worksteal"] if workers else []
+        options += ["-n", str(workers), "--dist", "worksteal", *RESTARTS] if workers else []
         return [*self.prefix, sys.executable, "-m", "pytest", *options, *self.tests()]
 
     def dry_command(self) -> list[str]:
@@ -137,7 +139,7 @@ class PytestRerun(PytestRun):
 
     def command(self, limit: float) -> list[str]:
         # Names that are gone since are not missed. In a worker, so that one that hangs leaves what others showed.
-        worker = ["-n", "1"] if number_of_workers() else []
+        worker = ["-n", "1", *RESTARTS] if number_of_workers() else []
         options = ["--last-failed", "--last-failed-no-failures=none", "--tb=long", "--showlocals", "--maxfail=10"]
         return [*super().command(limit), *worker, *options]
 
@@ -224,8 +226,8 @@ STAGES: dict[int, list[Step]] = {
         benchmark("score_step", "--rows", "8,512", "--samples", "25", limit=60, points=2),
         benchmark("launch_cost", limit=25),
         benchmark("decode", "--models", "8b", "--rows", "1", "--how", "eager", "--samples", "8", limit=70),
-        # Some thirty answers of 64 steps of an 8B model, saved in the end alone.
-        benchmark("best_of_n", "--n", "16", "--samples", "3", limit=120, least=80),
+        # Some 44 times 32 steps of 16 rows of an 8B model, saved in the end alone.
+        benchmark("best_of_n", "--n", "16", "--new-tokens", "32", limit=120, least=70),
     ],
     3: [
         benchmark("score_step", "--sweep", limit=500, points=40),

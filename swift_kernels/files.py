@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+PATIENCE = 1.0
+"""Seconds that a writer waits for who removes leftovers."""
 
 
 @contextmanager
@@ -84,18 +88,26 @@ def remove_abandoned(folder: Path, *patterns: str) -> None:
 def _locked(folder: Path, alone: bool = False) -> Iterator[bool]:
     """Locks a folder, with others who write there or alone at once; False where that cannot be.
 
-    The folder and not the temporary file, as libraries may replace that by one of their own. Nobody waits: who runs
-    this may have locked the folder, and waits for us.
+    The folder and not the temporary file, as libraries may replace that by one of their own. Nobody waits for long: who
+    runs this may have locked the folder, and waits for us. Who removes leftovers has it for a moment.
     """
     descriptor = None
+    locked = False
+    give_up = time.monotonic() + (0 if alone else PATIENCE)
     try:
         import fcntl  # Windows has none
 
         descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
-        locked = True
+        while not locked:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+                locked = True
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    break
+                time.sleep(0.001)
     except (ImportError, OSError):
-        locked = False
+        pass
     try:
         yield locked
     finally:

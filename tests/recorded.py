@@ -8,15 +8,26 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+WAIT = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "repeat_interleave")
+"""Operators that bring a value from the device to the host, or make a shape of one: no graph can hold them."""
+
 
 class Recording(TorchDispatchMode):
-    """Records the operators that run inside of it."""
+    """Records the operators that run inside of it, and fails on those that wait for the device.
+
+    Attributes:
+        ops: their names.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.ops: set[str] = set()
         self._calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not name.startswith(WAIT), f"{name} waits for the device"
+        self.ops.add(name)
         output = func(*args, **(kwargs or {}))
         self._calls.append((func, args, kwargs or {}, output))
         return output

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -71,6 +72,21 @@ def test_what_is_being_written_is_no_leftover(tmp_path: Path, meanwhile: str) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_who_writes_and_who_removes_leftovers_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads open the folder each for itself, as processes do."""
+    monkeypatch.setattr(files, "PATIENCE", 100.0)
+
+    def write(number: int) -> None:
+        for _ in range(500):
+            files.write_text(tmp_path / f"{number % 2}", str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
 @pytest.fixture(params=["no locks", "no such module", "locked by who runs this"])
 def without_locks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     with ExitStack() as stack:
@@ -80,6 +96,7 @@ def without_locks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[No
             error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
             stack.enter_context(mock.patch.object(fcntl, "flock", side_effect=error))
         else:
+            stack.enter_context(mock.patch.object(files, "PATIENCE", 0.01))
             descriptor = os.open(tmp_path, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)

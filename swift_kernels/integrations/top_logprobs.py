@@ -71,6 +71,10 @@ class TopLogprobs:
         else:
             self._waits.zero_()
 
+    def waits(self) -> bool:
+        """Whether a loop's logits wait in any slot for the token that follows."""
+        return self._waits is not None and bool(self._waits.any())
+
     def buffers(self) -> list[Tensor]:
         return [buffer for buffer in (self._logits, self._waits) if buffer is not None]
 

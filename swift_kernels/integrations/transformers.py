@@ -87,6 +87,7 @@ class Scorer:
         self._state: ScoreState | None = None
         self._slots: Tensor | None = None
         self._own_slots: Tensor | None = None
+        self._awaited: Tensor | None = None
         self._gate_reward: Tensor | None = None
         self._norms = NormPath(model, self.head, self._buffers, self._step_scored) if fuse == "norm" else None
         vocab_size = features.model_layout(model).vocab_size
@@ -149,7 +150,8 @@ class Scorer:
         Args:
             slots: int64 `[rows]` on the model's device, the slot of each row, negative to skip it. It is read at
                 every step and may be changed in place. A graph that was captured after `begin` goes on scoring when
-                that is called again, with the same tensor and number of slots.
+                that is called again with this tensor. Capture it anew after a `begin` or `generate` of other numbers
+                of rows or slots, which replaces the buffers that it knows.
             num_slots: how many slots there are; as many as rows unless told otherwise.
         """
         self._check_inside()
@@ -162,14 +164,11 @@ class Scorer:
             )
         self._run = None
         self._looping = True
-        self._whole_sequences = False
+        self._whole_sequences = self._scored = False
         num_slots = slots.shape[0] if num_slots is None else num_slots
-        state, own_slots = self._state, self._slots
         self._reset(num_slots, slots.shape[0])
-        if self._state is not state or slots is not own_slots:
-            # Else what scored may have been captured, and a graph is replayed without telling.
-            self._scored = False
         self._slots = slots
+        self._awaited = (slots >= 0).any()  # not read until scores are
         if self._late is not None:
             self._late.begin(num_slots)
         self._mark_static()
@@ -473,11 +472,10 @@ class Scorer:
 
     def _checked_state(self) -> ScoreState:
         if self._looping:
-            if not self._scored:
+            if not self._scored and not self._replayed():
                 raise NotScoredError(
                     "no forward of one position was scored since begin(): a model that was compiled or captured "
-                    "before attach() does not run its hooks, so attach first; and a graph knows the slots, and their "
-                    "number, that begin() was given before it was captured"
+                    "before attach() does not run its hooks; attach first"
                 )
         else:
             run = self._finished_run()
@@ -491,6 +489,14 @@ class Scorer:
                 )
         assert self._state is not None
         return self._state
+
+    def _replayed(self) -> bool:
+        """Whether a captured graph may have scored, which runs no hook: it counts tokens, unless it skips every row."""
+        assert self._state is not None
+        assert self._awaited is not None
+        if bool(self._state.token_count.any()) or (self._late is not None and self._late.waits()):
+            return True
+        return (self._ran_norm or self._ran_gather) and not bool(self._awaited)
 
 
 class _Criteria(transformers.StoppingCriteriaList):

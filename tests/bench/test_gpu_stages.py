@@ -22,6 +22,7 @@ import torch
 from bench import gpu, gpu_dry_run, kernel_cache, machine, results, stage_log, stages, steps
 from bench.gpu_dry_run import MOST_FILES
 from bench.stages import ATTACH, KERNELS, LIMITS, MACHINE, STAGES, Benchmark, PytestRerun, PytestRun, Script, Step
+from bench.summary import FEWEST_SAMPLES
 
 ROOT = Path(gpu.__file__).parents[1]
 
@@ -238,7 +239,7 @@ def test_a_test_that_breaks_the_gpu_for_its_process_fails_alone(monkeypatch, tmp
     (tmp_path / "conftest.py").write_text(BROKEN_BY_ONE)
     file = tmp_path / "test_it.py"
     file.write_text(ONE_BREAKS_IT)
-    assert run([PytestRun("tests", (str(file),), 50.0, shared=True)], monkeypatch, tmp_path / "output")
+    assert run([PytestRun("tests", (str(file),), 200.0, shared=True)], monkeypatch, tmp_path / "output", 250.0)
     [name] = json.loads((tmp_path / "output" / "failed_tests.json").read_text())
     assert name.endswith("::test_some[5]")
     cases = ElementTree.parse(tmp_path / "output" / "tests.xml").iter("testcase")
@@ -311,6 +312,8 @@ def test_the_stages_have_what_they_promise():
             assert ("-v" in command and "-q" not in command) or not isinstance(step, PytestRun)
             if isinstance(step, Benchmark):
                 assert float(command[command.index("--budget") + 1]) < step.limit - step.grace
+                if "--samples" in command:
+                    assert int(command[command.index("--samples") + 1]) >= FEWEST_SAMPLES
     assert [step.name.partition(" ")[0] for step in STAGES[1]] == [
         *("machine", "stress", "tests", "score_step", "decode", "score_sequence", "memory")
     ]

@@ -8,13 +8,12 @@ import weakref
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift_kernels import SwiftHead, attach
 from swift_kernels.integrations.generation import NotScoredError, Run
 from tests.architectures import fresh_model
 from tests.integrations.helpers import generate
-from tests.recorded import decode_both_ways, recorded
+from tests.recorded import Recording, decode_both_ways, recorded
 
 
 def decode_loop(model, inputs, steps, before_step=lambda step: None):
@@ -133,12 +132,30 @@ def test_a_recorded_step_scores_without_its_python(model, fuse, layers, monkeypa
                 scorer.scores()
 
 
+def test_what_was_recorded_goes_on_after_generate_and_what_did_not_run_is_told(model, head, prompts):
+    slots, others = torch.arange(3), torch.arange(3)
+    token = torch.full((3, 1), 9)
+    mask = torch.ones(3, 1, 1, 1, dtype=torch.bool)
+    with torch.no_grad(), attach(model, head) as scorer:
+        scorer.begin(slots)
+        replay = recorded(lambda: model(input_ids=token, attention_mask=mask, use_cache=False))
+        expected = scorer.scores()
+        for meanwhile in (lambda: generate(model, prompts), lambda: scorer.begin(others)):
+            meanwhile()
+            scorer.begin(slots)
+            with pytest.raises(NotScoredError, match="no forward of one position was scored"):
+                scorer.scores()
+            replay()
+            assert torch.equal(scorer.scores(), expected)
+
+
 def test_a_recorded_step_whose_rows_have_all_ended_gives_no_scores(model, head):
     slots = torch.tensor([0, 1])
     token = torch.full((2, 1), 9)
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
     with torch.no_grad(), attach(model, head) as scorer:
         scorer.begin(slots)
-        replay = recorded(lambda: model(input_ids=token, use_cache=False))
+        replay = recorded(lambda: model(input_ids=token, attention_mask=mask, use_cache=False))
         slots.fill_(-1)
         scorer.begin(slots)
         replay()
@@ -178,30 +195,6 @@ def test_inference_mode_and_no_grad_may_alternate(model, head, prompts, first):
     assert torch.equal(*results)
 
 
-class Waits(TorchDispatchMode):
-    """Fails on ops that bring a value from the device to the host, or make a shape of one."""
-
-    FORBIDDEN = (
-        "_local_scalar_dense",
-        "nonzero",
-        "equal",
-        "is_nonzero",
-        "masked_select",
-        "unique",
-        "repeat_interleave",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.ops = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert not name.startswith(self.FORBIDDEN), f"{name} waits for the device"
-        self.ops.add(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("fuse", "op"), [("gather", "score_step"), ("norm", "rms_norm_score")], ids=["gather", "norm"])
 def test_a_step_never_waits_for_the_device(model, head, fuse, op):
     """Also what capture into a CUDA graph requires."""
@@ -209,7 +202,7 @@ def test_a_step_never_waits_for_the_device(model, head, fuse, op):
     with attach(model, head, fuse=fuse) as scorer, torch.no_grad():
         scorer.begin(slots)
         mask = torch.ones(3, 1, 1, 1, dtype=torch.bool)  # a model without a mask looks at its positions to make one
-        with Waits() as mode:
+        with Recording() as mode:
             model(input_ids=torch.full((3, 1), 9), attention_mask=mask, use_cache=False)
         assert op in mode.ops
         assert scorer.token_counts().tolist() == [0, 1, 1]
@@ -218,7 +211,7 @@ def test_a_step_never_waits_for_the_device(model, head, fuse, op):
 def test_the_bookkeeping_of_a_sampled_token_does_not_wait(prompts):
     run = Run(3, torch.device("cpu"))
     slots = torch.full((3,), -1)
-    with Waits():
+    with Recording():
         run.advance(torch.tensor([False, True, False]), torch.tensor([False, True, False]), slots, feed_last=False)
     assert slots.tolist() == [0, -1, 2]
     run.advance(torch.tensor([True, True, True]), torch.tensor([False, True, False]), slots, feed_last=False)

@@ -16,8 +16,9 @@ from tests.architectures import fresh_model, tiny_model
 from tests.integrations.helpers import check_parity, generate, responses_of, unpadded
 from tests.integrations.test_architectures import MODES, compiled_static
 from tests.integrations.test_attach import FavourLowTokens, StopAtMultiplesOfSeven
-from tests.integrations.test_loops import Waits, live_tensor_bytes
+from tests.integrations.test_loops import live_tensor_bytes
 from tests.oracle import assert_scores, captured_tokens, oracle
+from tests.recorded import Recording
 
 OPTIONS = {
     "temperature-top-p": {"temperature": 0.7, "top_p": 0.8},
@@ -296,7 +297,7 @@ def test_a_step_never_waits_for_the_device(model, head, monkeypatch):
     with attach(model, head) as scorer, torch.no_grad():
         scorer.begin(slots)
         mask = torch.ones(3, 1, 1, 1, dtype=torch.bool)
-        with Waits() as mode:
+        with Recording() as mode:
             for _ in range(2):
                 model(input_ids=torch.full((3, 1), 9), attention_mask=mask, use_cache=False)
             scorer.commit(torch.full((3,), 9))
