@@ -67,7 +67,7 @@ def check_replaceable(path: str | os.PathLike[str], *sources: str | os.PathLike[
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the temporary files of `path` that killed processes left behind, unless a folder's files are written."""
+    """Removes the temporary files of `path` that killed processes left behind, unless anything is written there."""
     target = Path(path).resolve()
     # mkstemp adds eight characters.
     remove_abandoned(target.parent, f".{glob.escape(target.name)}.????????.tmp")
