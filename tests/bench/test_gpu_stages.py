@@ -30,6 +30,8 @@ ROOT = Path(gpu.__file__).parents[1]
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """What a stage works in, as if there were a GPU."""
+    # Or the pytest that a step runs removes what earlier runs of this one have left.
+    monkeypatch.setenv("PYTEST_DEBUG_TEMPROOT", str(tmp_path))
     folder = tmp_path / "work"
     for module in (gpu, stage_log, stages):
         monkeypatch.setattr(module, "WORK", folder)
@@ -49,7 +51,7 @@ def python(name: str, code: str, limit: float = 9.0, **more: Any) -> Step:
     return Step(name, ("-c", code), limit, **{"least": 1.0, **more})
 
 
-def run(steps_of_it: list[Step], monkeypatch: pytest.MonkeyPatch, output: Path, seconds: float = 60.0) -> bool:
+def run(steps_of_it: list[Step], monkeypatch: pytest.MonkeyPatch, output: Path, seconds: float = 300.0) -> bool:
     monkeypatch.setitem(STAGES, 1, steps_of_it)
     return gpu.run_stage(1, output, seconds)
 
@@ -150,10 +152,10 @@ DEAF_TO_ALL = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.S
 def test_tests_are_named_one_by_one_and_those_that_failed_come_first_in_the_next_stage(monkeypatch, tmp_path, work):
     file = tmp_path / "test_it.py"
     file.write_text(TESTS.format(hang="pass"))
-    rerun = PytestRerun("failed", (str(file),), 30.0, fine=(0, stages.NONE_FOUND))
+    rerun = PytestRerun("failed", (str(file),), 100.0, fine=(0, stages.NONE_FOUND))
     output = tmp_path / "output"
     assert rerun.why_not() == "no test is known to have failed"
-    assert run([PytestRun("tests", (str(file),), 30.0, chosen="some")], monkeypatch, output)
+    assert run([PytestRun("tests", (str(file),), 100.0, chosen="some")], monkeypatch, output)
     assert "test_it.py::test_some[1] PASSED" in (output / "stage-1.log").read_text()
     cases = ElementTree.parse(output / "tests.xml").iter("testcase")
     assert {case.get("name"): len(case) for case in cases} == {"test_some[1]": 0, "test_some[2]": 1, "test_some[3]": 0}
@@ -239,7 +241,7 @@ def test_a_test_that_breaks_the_gpu_for_its_process_fails_alone(monkeypatch, tmp
     (tmp_path / "conftest.py").write_text(BROKEN_BY_ONE)
     file = tmp_path / "test_it.py"
     file.write_text(ONE_BREAKS_IT)
-    assert run([PytestRun("tests", (str(file),), 200.0, shared=True)], monkeypatch, tmp_path / "output", 250.0)
+    assert run([PytestRun("tests", (str(file),), 200.0, shared=True)], monkeypatch, tmp_path / "output")
     [name] = json.loads((tmp_path / "output" / "failed_tests.json").read_text())
     assert name.endswith("::test_some[5]")
     cases = ElementTree.parse(tmp_path / "output" / "tests.xml").iter("testcase")
