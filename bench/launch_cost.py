@@ -92,6 +92,7 @@ def score_step_parts(rows: int, device: torch.device) -> dict[str, Call]:
         *others,
         None,
         rows,
+        rows,
         **plan.constants,
         **score_step._KERNEL.options,
     )

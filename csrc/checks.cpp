@@ -157,34 +157,38 @@ void check_on_cpu(std::initializer_list<Named> tensors, const char* what) {
         tensor == nullptr || tensor->is_cpu(), name, " is not on cpu, ", what, " are on cpu: expected one device");
 }
 
-std::vector<int64_t> check_slots(const Tensor& slots, int64_t slot_count) {
+CheckedSlots check_slots(const Tensor& slots, int64_t slot_count) {
   const int64_t* slot_of = data<int64_t>(slots);
   const int64_t rows = slots.size(0);
-  std::vector<int64_t> live;
-  live.reserve(rows);
+  CheckedSlots checked;
+  checked.of_row.reserve(rows);
+  checked.live.reserve(rows);
   int64_t highest = -1;
   bool ascending = true;
   for (int64_t row = 0; row < rows; ++row) {
-    if (slot_of[row] < 0)
+    // A plain load the compiler might repeat.
+    const int64_t slot = __atomic_load_n(slot_of + row, __ATOMIC_RELAXED);
+    checked.of_row.push_back(slot);
+    if (slot < 0)
       continue;
-    ascending &= slot_of[row] > highest;
-    highest = std::max(highest, slot_of[row]);
-    live.push_back(row);
+    ascending &= slot > highest;
+    highest = std::max(highest, slot);
+    checked.live.push_back(row);
   }
   CHECK_ARGUMENT(
       highest < slot_count, "slots contains ", highest, ": expected values below ", slot_count,
       ", or negative to skip a row");
   if (!ascending) {
     std::vector<int64_t> sorted;
-    sorted.reserve(live.size());
-    for (const int64_t row : live)
-      sorted.push_back(slot_of[row]);
+    sorted.reserve(checked.live.size());
+    for (const int64_t row : checked.live)
+      sorted.push_back(checked.of_row[row]);
     std::sort(sorted.begin(), sorted.end());
     const auto repeated = std::adjacent_find(sorted.begin(), sorted.end());
     CHECK_ARGUMENT(
         repeated == sorted.end(), "slots contains ", *repeated, " more than once: expected distinct slots");
   }
-  return live;
+  return checked;
 }
 
 std::vector<int64_t> check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens) {

@@ -63,8 +63,15 @@ struct Named {
 // That those which are not null are where `what`, a tensor on the CPU, is.
 void check_on_cpu(std::initializer_list<Named> tensors, const char* what = "hidden_states");
 
-// These read the tensors. Returns the rows that are not skipped, and the values.
-std::vector<int64_t> check_slots(const Tensor& slots, int64_t slot_count);
+// What a tensor of slots held when it was checked. Another thread may change the tensor while an op runs, so ops use
+// these values alone: what is written through is what was checked.
+struct CheckedSlots {
+  std::vector<int64_t> of_row;  // negative where a row is skipped
+  std::vector<int64_t> live;    // the rows that are not
+};
+
+// These read the tensors, once.
+CheckedSlots check_slots(const Tensor& slots, int64_t slot_count);
 std::vector<int64_t> check_cu_seqlens(const Tensor& cu_seqlens, int64_t tokens);
 
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) {

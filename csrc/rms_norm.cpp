@@ -174,15 +174,15 @@ Tensor rms_norm_score(
       {"partials", &partials},
       {"gate_reward", pointer(gate_reward)},
   });
-  check_slots(slots, sums.size(0));
+  const CheckedSlots checked = check_slots(slots, sums.size(0));
 
-  const StateUpdate update(bias, slots, sums, token_count, gate_reward);
+  const StateUpdate update(bias, checked, sums, token_count, gate_reward);
   const Scoring scoring{
       weight,
       weight.size(0),
       first_feature,
       score_output,
-      data<int64_t>(slots),
+      checked.of_row.data(),
       entry,
       mutable_data<float>(partials),
       partials.size(1) * 2,

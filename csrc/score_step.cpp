@@ -35,7 +35,8 @@ void score_step(
       {"arrivals", &arrivals},
       {"gate_reward", pointer(gate_reward)},
   });
-  const std::vector<int64_t> live = check_slots(slots, sums.size(0));
+  const CheckedSlots checked = check_slots(slots, sums.size(0));
+  const std::vector<int64_t>& live = checked.live;
   if (live.empty())
     return;
 
@@ -43,7 +44,7 @@ void score_step(
   reduce_chunks(
       entries_of(hidden_states), hidden_dtype(hidden_states.front()), weight, /*first=*/0, live, sizes.chunks,
       scratch);
-  const StateUpdate update(bias, slots, sums, token_count, gate_reward);
+  const StateUpdate update(bias, checked, sums, token_count, gate_reward);
   for_items(static_cast<int64_t>(live.size()), 2 * sizes.chunks + 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       update.add_token(live[i], scratch + i * sizes.chunks * 2, sizes.chunks);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "checks.h"
 #include "entries.h"
 
 namespace swift_kernels {
@@ -14,16 +15,16 @@ inline float sigmoid(float value) {
   return 1.0f / (1.0f + std::exp(-value));
 }
 
-// Adds tokens to the slots that their rows are routed to.
+// Adds tokens to the slots that their rows are routed to; `slots` outlives it.
 class StateUpdate {
  public:
   StateUpdate(
-      const Tensor& bias, const Tensor& slots, const Tensor& sums, const Tensor& token_count,
+      const Tensor& bias, const CheckedSlots& slots, const Tensor& sums, const Tensor& token_count,
       const std::optional<Tensor>& gate_reward)
       : gated_(bias.size(0) == 2),
         gate_bias_(gated_ ? bias_value(bias, 0) : 0.0f),
         reward_bias_(bias_value(bias, gated_ ? 1 : 0)),
-        slots_(data<int64_t>(slots)),
+        slots_(slots.of_row.data()),
         sums_(mutable_data<float>(sums)),
         token_count_(mutable_data<int32_t>(token_count)),
         gate_reward_(gate_reward ? mutable_data<float>(*gate_reward) : nullptr) {}

@@ -242,8 +242,10 @@ class SwiftHead(nn.Module):
         Args:
             hidden_states: one `[rows, width]` tensor per selected layer (float32, bfloat16 or float16).
             state: updated in place.
-            slots: int64 `[rows]`, the slot each row belongs to; distinct where not negative (checked on the CPU,
-                and elsewhere under `SWIFT_KERNELS_DEBUG=1`). A negative slot skips its row.
+            slots: int64 `[rows]`, the slot each row belongs to; distinct where not negative, and below the number of
+                slots. A negative slot skips its row. On the CPU, and elsewhere under `SWIFT_KERNELS_DEBUG=1`, other
+                slots are an error. On a GPU nobody waits to look at them: a row whose slot does not exist is skipped,
+                and of rows that share a slot any one may count.
             gate_reward: optional float32 `[rows, 2]` that receives each scored row's sigmoid gate and reward.
         """
         if state.widths != self.config.widths:

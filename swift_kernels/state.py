@@ -72,15 +72,18 @@ class ScoreState:
         return reference.finalize(self.sums, self.token_count)
 
     def reset_(self, slots: Tensor | None = None) -> ScoreState:
-        """Empties the given slots (int64 `[n]`; negative ones are ignored), or all of them."""
+        """Empties the given slots (int64 `[n]`; negative ones are ignored), or all of them.
+
+        A slot that does not exist is an error on the CPU, and elsewhere ignored as `SwiftHead.step` does.
+        """
         if slots is None:
             self.sums.zero_()
             self.token_count.zero_()
             return self
         slots = self._index(slots, "slots")
-        # A mask with one spare place for negative entries: dropping them by indexing would wait for the device.
+        # A mask with one spare place for those that are none: dropping them by indexing would wait for the device.
         hit = torch.zeros(self.slots + 1, dtype=torch.bool, device=self.device)
-        hit.index_fill_(0, torch.where(slots < 0, self.slots, slots), True)
+        hit.index_fill_(0, torch.where((slots < 0) | (slots >= self.slots), self.slots, slots), True)
         self.sums.masked_fill_(hit[:-1, None], 0.0)
         self.token_count.masked_fill_(hit[:-1], 0)
         return self

@@ -93,7 +93,7 @@ class TopLogprobs:
         self.commit(token_ids, state, slots, gate_reward)
         places = self._places(slots)
         self._logits.index_copy_(0, places, logits.float())
-        self._waits.index_copy_(0, places, slots >= 0)
+        self._waits.index_copy_(0, places, places < self._waits.shape[0] - 1)
 
     def commit(self, token_ids: Tensor, state: ScoreState, slots: Tensor, gate_reward: Tensor | None) -> None:
         """Scores what waits in `slots`, whose next tokens are `token_ids`; both int64 `[rows]`."""
@@ -113,7 +113,8 @@ class TopLogprobs:
 
     def _places(self, slots: Tensor) -> Tensor:
         assert self._waits is not None
-        return torch.where(slots < 0, self._waits.shape[0] - 1, slots)
+        spare = self._waits.shape[0] - 1
+        return torch.where((slots < 0) | (slots >= spare), spare, slots)
 
     def _step(
         self, logits: Tensor, token_ids: Tensor, state: ScoreState, slots: Tensor, gate_reward: Tensor | None

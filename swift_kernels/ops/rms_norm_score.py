@@ -124,12 +124,13 @@ def _normalise_block(
         "entry",
         "first_feature",
         "partials_stride",
+        "slot_count",
     ]
 )
 def _rms_norm_score_kernel(
     hidden_states_ptr,
     norm_weight_ptr,
-    weight_ptr,  # from here to gate_reward_ptr, and the last three integers: None where nothing is scored
+    weight_ptr,  # from here to gate_reward_ptr, and the last four integers: None where nothing is scored
     bias_ptr,
     slots_ptr,
     sums_ptr,
@@ -142,6 +143,7 @@ def _rms_norm_score_kernel(
     entry,
     first_feature,
     partials_stride,
+    slot_count,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -162,7 +164,9 @@ def _rms_norm_score_kernel(
     if SCORED:
         weight_ptr += first_feature
         slot = tl.load(slots_ptr + row)
-        scored_width = tl.where(slot >= 0, WIDTH, 0)
+        # A slot that is none would be written far from the state; on a GPU nobody else has looked at it.
+        live = (slot >= 0) & (slot < slot_count)
+        scored_width = tl.where(live, WIDTH, 0)
 
     # Everything of the first block, which is all there is of most rows, is under way before the first sum waits for it.
     first_block = _load_block(
@@ -178,7 +182,7 @@ def _rms_norm_score_kernel(
         WEIGHT_ALIGNMENT,
     )
     if LAST:
-        live_entries = tl.where(slot >= 0, entry, 0)
+        live_entries = tl.where(live, entry, 0)
         # 32 entries at a time, by every warp for itself. Launches before this one on the stream wrote them.
         earlier_gates = tl.zeros((32,), tl.float32)
         earlier_rewards = tl.zeros((32,), tl.float32)
@@ -366,7 +370,7 @@ def rms_norm_triton(
             return _make_plan(tensors, *flags)
 
         plan = _PLANS.find_or_make(check_and_make_plan, tensors, *flags)
-    return _launch(plan, tensors, eps, None, None, None)
+    return _launch(plan, tensors, eps, None, None, None, None)
 
 
 def rms_norm_score_triton(
@@ -413,7 +417,7 @@ def rms_norm_score_triton(
         check()
     if plan.build is None and debug_checks():
         check_slots(slots, sums.shape[0])
-    return _launch(plan, tensors, eps, entry, first_feature, entries)
+    return _launch(plan, tensors, eps, entry, first_feature, entries, sums.shape[0])
 
 
 def rms_norm_eager(*arguments: Any) -> Any:
@@ -432,7 +436,7 @@ def _is_looked_at() -> bool:
 
 
 def _launch(plan: _Plan, tensors: Sequence[Tensor], eps: float, *entry: int | None) -> Tensor:
-    """Launches the plan; `entry` are the kernel's last three integers."""
+    """Launches the plan; `entry` are the kernel's last four integers."""
     output = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     if not output.numel():
         return output

@@ -45,6 +45,7 @@ def _update_state(
     gate_reward_ptr,
     row_block,
     rows,
+    slot_count,
     CHUNKS: tl.constexpr,
     GATED: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -52,7 +53,8 @@ def _update_state(
     """Adds the partials of a row block, in order, and updates the slots its rows are routed to."""
     row = row_block.to(tl.int64) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     slot = tl.load(slots_ptr + row, mask=row < rows, other=-1)
-    live = slot >= 0
+    # A slot that is none would be written far from the state; on a GPU nobody else has looked at it.
+    live = (slot >= 0) & (slot < slot_count)
     # Everything that does not depend on the partials is loaded before them, to wait for memory once.
     bias_reward = tl.load(bias_ptr + (1 if GATED else 0)).to(tl.float32)
     bias_gate = tl.load(bias_ptr).to(tl.float32)
@@ -96,6 +98,7 @@ def _update_state(
         "arrivals_ptr",
         "gate_reward_ptr",
         "rows",
+        "slot_count",
     ]
 )
 def _score_step_kernel(
@@ -110,6 +113,7 @@ def _score_step_kernel(
     arrivals_ptr,
     gate_reward_ptr,
     rows,
+    slot_count,
     WIDTHS: tl.constexpr,
     FIRST_CHUNKS: tl.constexpr,
     FIRST_FEATURES: tl.constexpr,
@@ -182,6 +186,7 @@ def _score_step_kernel(
             gate_reward_ptr,
             row_block,
             rows,
+            slot_count,
             CHUNKS,
             GATED,
             ROW_BLOCK,
@@ -204,6 +209,7 @@ class _Plan:
     device: int
     entries: int
     rows: int
+    slot_count: int
     grid: launch.Grid
     row_strides: tuple[int, ...]
     constants: dict[str, Any]
@@ -219,7 +225,7 @@ class _Plan:
 _PLANS = launch.Plans[_Plan]()
 
 
-def _make_plan(hidden_states: Sequence[Tensor], weight: Tensor) -> _Plan:
+def _make_plan(hidden_states: Sequence[Tensor], weight: Tensor, slot_count: int) -> _Plan:
     rows, widths = hidden_states[0].shape[0], tuple(entry.shape[1] for entry in hidden_states)
     vector = vector_elements(hidden_states)
     tile_rows, tiles = tile_of(vector)
@@ -237,6 +243,7 @@ def _make_plan(hidden_states: Sequence[Tensor], weight: Tensor) -> _Plan:
         device=weight.get_device(),
         entries=len(hidden_states),
         rows=rows,
+        slot_count=slot_count,
         grid=(constants["CHUNKS"], triton.cdiv(rows, tiles * tile_rows), 1),
         row_strides=strides_in_vectors(hidden_states),
         constants=constants,
@@ -263,7 +270,7 @@ def score_step_triton(
 
         def check_and_make_plan() -> _Plan:
             check_step(hidden_states, *arguments)
-            return _make_plan(hidden_states, weight)
+            return _make_plan(hidden_states, weight, sums.shape[0])
 
         plan = _PLANS.find_or_make(check_and_make_plan, tensors)
     elif _launch_again(plan, tensors):
@@ -286,11 +293,21 @@ def score_step_triton(
         (hidden_states[0].dtype, weight.dtype, gate_reward is None, specialised, *plan.constants.values()),
         plan.device,
         plan.grid,
-        (tuple(hidden_states), plan.row_strides, *arguments, plan.rows),  # a tuple: Triton takes no list
+        (
+            tuple(hidden_states),
+            plan.row_strides,
+            *arguments,
+            plan.rows,
+            plan.slot_count,
+        ),  # a tuple: Triton takes no list
         plan.constants,
     )
     if all(entries_aligned) and all(others_aligned) and not debug:
-        plan.tail = ((None,) if gate_reward is None else ()) + (plan.rows, *plan.constants.values())
+        plan.tail = ((None,) if gate_reward is None else ()) + (
+            plan.rows,
+            plan.slot_count,
+            *plan.constants.values(),
+        )
         plan.build = build
 
 

@@ -139,9 +139,9 @@ def test_a_launch_has_the_addresses_and_is_the_same_again(driver: FakeDriver):
         launched = driver.last()
         assert launched.grid == (3, 1, 1)
         assert launched.parameters[: len(tensors)] == tuple(tensor.data_ptr() for tensor in tensors)
-        # After the address of the output: row stride, the bits of eps, entry, first feature, entries of a row.
+        # After the address of the output: row stride, the bits of eps, entry, first feature, entries of a row, slots.
         row_stride, _, *entry = launched.parameters[len(tensors) + 1 :]
-        assert (row_stride, *entry) == (72, 2, 128, 4)
+        assert (row_stride, *entry) == (72, 2, 128, 4, 3)
     assert driver.launch_count == first_count + 3
     assert len(driver.compilations) == 1
 

@@ -64,12 +64,12 @@ def build(variant: Variant, target: str) -> Build:
     hidden_states = torch.empty(2, variant.width, dtype=variant.dtype, device="meta")
     tensors = [hidden_states, hidden_states[0]]
     x, weight = "*" + TYPES[variant.dtype], "*" + TYPES[variant.weight_dtype]
-    head_and_state, integers = [None] * 7, [None] * 3
+    head_and_state, integers = [None] * 7, [None] * 4
     if variant.scored:
         outputs = 2 if variant.gated else 1
         tensors.append(torch.empty(outputs, 33 * variant.width, dtype=variant.weight_dtype, device="meta"))
         head_and_state = [weight, weight, "*i64", "*fp32", "*i32", "*fp32", "*fp32" if variant.gate_reward else None]
-        integers = ["i32"] * 3
+        integers = ["i32"] * 4
     flags = (variant.mode == "unit offset", variant.mode == "rounded first")
     plan = _make_plan(tensors, *flags, True, variant.scored == "output", variant.last)
     types = [x, x, *head_and_state, x, "i32", "fp32", *integers]

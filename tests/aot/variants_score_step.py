@@ -66,7 +66,7 @@ def build(variant: Variant, target: str) -> Build:
         for width in variant.widths
     ]
     outputs = 2 if variant.gated else 1
-    plan = _make_plan(hidden_states, torch.empty(outputs, sum(variant.widths), device="meta"))
+    plan = _make_plan(hidden_states, torch.empty(outputs, sum(variant.widths), device="meta"), slot_count=2)
     weight = "*" + TYPES[variant.weight_dtype]
     on_amd = TARGETS[target].backend == "hip"
     return Build(
@@ -83,6 +83,7 @@ def build(variant: Variant, target: str) -> Build:
             "arrivals_ptr": "*i32",
             "gate_reward_ptr": "*fp32" if variant.gate_reward else None,
             "rows": "i32",
+            "slot_count": "i32",
             **plan.constants,
             "RELEASE_EACH_WARP": on_amd,
         },

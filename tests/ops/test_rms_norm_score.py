@@ -329,6 +329,20 @@ def test_negative_slots_skip_their_rows_which_are_normalised_all_the_same():
     assert_step_is_right(step)
 
 
+@pytest.mark.parametrize("slot", [5, 6, 2**31, 2**40], ids=["the first", "another", "2^31", "2^40"])
+def test_a_slot_that_does_not_exist_skips_its_row_and_nothing_behind_the_state_is_written(slot):
+    step = random_step((64, 67), 3)
+    sums, token_count = torch.full((16, 2), 7.0, device=DEVICE), torch.full((16,), 7, dtype=torch.int32, device=DEVICE)
+    step.state.sums, step.state.token_count = sums[:5], token_count[:5]
+    step.slots = torch.tensor([4, slot, 0], device=DEVICE)
+    gate_reward = torch.full((3, 2), -1.0, device=DEVICE)
+    step.run(gate_reward)
+    assert token_count.tolist() == [8, 7, 7, 7, 8, *[7] * 11]
+    assert (sums[[1, 2, 3, *range(5, 16)]] == 7.0).all()
+    assert (sums[[0, 4]] != 7.0).all()
+    assert (gate_reward == -1.0).all(dim=1).tolist() == [False, True, False]
+
+
 def test_a_step_of_no_rows_changes_nothing():
     assert_step_is_right(random_step((64, 64), 0))
 
