@@ -7,16 +7,19 @@ layer l, L (the number of layers) whatever the model returns last, nearly always
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from swift_kernels.patching import patch
+from swift_kernels.replica import replicate
 
 HIDDEN_STATES = "hidden_states"
 LOGITS = "logits"
@@ -85,24 +88,123 @@ class ModelLayout:
     def num_hidden_layers(self) -> int:
         return len(self.layers)
 
+    def is_of(self, model: Any) -> bool:
+        """Whether the model still has these layers, none cut off, and a vocabulary of this size."""
+        projection = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        rows = getattr(projection, "out_features", self.vocab_size)
+        return (
+            _find_layers(model) == (self.decoder, self.layers)
+            and len(self.widths) == len(self.layers) + 1
+            and rows == self.vocab_size
+        )
 
-_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, ModelLayout] = weakref.WeakKeyDictionary()
+
+class _Inspection:
+    """What is known of a model; one thread at a time finds it out."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.layout: ModelLayout | None = None
+
+
+_INSPECTIONS: weakref.WeakKeyDictionary[nn.Module, _Inspection] = weakref.WeakKeyDictionary()
+_INSPECTIONS_LOCK = threading.Lock()
+
+_READERS: ContextVar[tuple[object, ...]] = ContextVar("readers", default=())
+"""Who reads what models compute in this thread or task; what others run at the same time is none of theirs."""
 
 
 def model_layout(model: Any) -> ModelLayout:
     """Finds a model's layers and checks with one short forward that what they are fed is what it returns.
 
-    The forward takes three tokens, keeps the training mode, and leaves the random number generators as they were.
-    The result is remembered for as long as the model lives.
+    The forward takes three tokens, in a replica: the model, which another thread may be running, stays as it is. The
+    result is remembered for as long as the model lives, or until its layers or its vocabulary change.
 
     Raises:
         UnsupportedModelError: for models without a list of layers, or whose hidden states are not [batch, tokens,
             width].
     """
-    layout = _LAYOUTS.get(model)
-    if layout is None or len(layout.widths) != len(layout.layers) + 1:  # layers may have been cut off since
-        layout = _LAYOUTS[model] = _trace(model)
-    return layout
+    model = unwrapped(model)
+    with _INSPECTIONS_LOCK:
+        inspection = _INSPECTIONS.setdefault(model, _Inspection())
+    with inspection.lock:
+        if inspection.layout is None or not inspection.layout.is_of(model):
+            inspection.layout = _trace(model)
+        return inspection.layout
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that generates, inside of wrappers such as those of torch.compile, PEFT and DDP; else the model itself.
+
+    Raises:
+        UnsupportedModelError: a wrapper adds what the model inside does not know of, or weights are not there.
+    """
+    found = model
+    for module in model.modules():
+        for config in getattr(module, "peft_config", {}).values():
+            if config.is_prompt_learning:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} has soft prompts ({config.peft_type.value}), which the model inside does "
+                    "not see where answers are scored: score without the adapter, or train one of another kind (LoRA)"
+                )
+        if _generates(module):
+            found = module
+            break
+    if any(parameter.device.type == "meta" for parameter in found.parameters()):
+        raise UnsupportedModelError(
+            f"{type(found).__name__} has offloaded weights: scoring expects the whole model on one device, load it "
+            "without offloading"
+        )
+    return found
+
+
+def generating_model(model: Any) -> nn.Module:
+    """As `unwrapped`; raises where nothing generates."""
+    found = unwrapped(model)
+    if not _generates(found):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot generate: expected a causal language model of transformers"
+        )
+    return found
+
+
+def _generates(module: nn.Module) -> bool:
+    return any(base.__name__ == "GenerationMixin" for base in type(module).__mro__)
+
+
+@contextmanager
+def reading(reader: object, *, alone: bool = False) -> Iterator[None]:
+    """Makes `reader` one that reads what this thread or task runs, or the only one.
+
+    A thread of its own begins without readers; `contextvars.copy_context().run` gives it those of the one it is begun
+    by, as `asyncio` does for its tasks and for `asyncio.to_thread`.
+    """
+    before = _READERS.get()
+    _READERS.set((reader,) if alone else (*before, reader))
+    try:
+        yield
+    finally:
+        # Not by a token: a block may be left in another task than the one that entered it.
+        _READERS.set(before if alone else tuple(other for other in _READERS.get() if other is not reader))
+
+
+def reads_here(reader: object) -> Callable[[], bool]:
+    """A function that tells whether `reader` reads what the present thread or task runs.
+
+    Dynamo, which cannot trace a context variable, takes what it returns for a constant: what is traced is traced for
+    those who read there and then.
+    """
+
+    @torch.compiler.assume_constant_result
+    def is_read() -> bool:
+        return reader in _READERS.get()
+
+    return is_read
+
+
+def readers() -> tuple[object, ...]:
+    """Those of the present thread or task."""
+    return _READERS.get()
 
 
 def tap(
@@ -110,20 +212,25 @@ def tap(
     features: str,
     layers: Sequence[int] | None,
     consume: Callable[[int, Tensor], None],
+    reader: object,
 ) -> ExitStack:
-    """Calls `consume(k, entry)` with the k-th selected entry, in ascending k, in every forward of `model`.
+    """Calls `consume(k, entry)` with the k-th selected entry, in ascending k, in forwards of `model`.
 
-    An entry is `[batch, tokens, width]`, the tensor that the model itself goes on with: it must not be changed. Closing
-    what is returned leaves the model as it was. Of `top_logprobs` the entry is the logits: see `pick`.
+    Of forwards in any thread these are the ones that `reader` reads, see `reading`. An entry is `[batch, tokens,
+    width]`, the tensor that the model itself goes on with: it must not be changed. Closing what is returned leaves the
+    model as it was. Of `top_logprobs` the entry is the logits: see `pick`.
     """
+    is_read = reads_here(reader)
 
     def before(k: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        consume(k, layer_input(args, kwargs))
+        if is_read():
+            consume(k, layer_input(args, kwargs))
         return forward(*args, **kwargs)
 
     def after(k: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        consume(k, output.logits if features in FROM_LOGITS else last_hidden_state(output))
+        if is_read():
+            consume(k, output.logits if features in FROM_LOGITS else last_hidden_state(output))
         return output
 
     taps = ExitStack()
@@ -138,6 +245,16 @@ def tap(
             source = layout.decoder if layout.last == "decoder" else layout.layers[-1]
             taps.callback(patch(source, "forward", functools.partial(after, k)))
     return taps
+
+
+@contextmanager
+def read(
+    model: Any, features: str, layers: Sequence[int] | None, consume: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """As `tap`, for the forwards that this thread or task runs within: nobody else reads these."""
+    reader = object()
+    with tap(model, features, layers, consume, reader), reading(reader, alone=True):
+        yield
 
 
 def check_top(k: int, vocab_size: int) -> None:
@@ -236,8 +353,9 @@ def _find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     count = getattr(config, "num_hidden_layers", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model: expected a decoder-only one")
-    root = model.get_decoder() if hasattr(model, "get_decoder") else model
-    for parent in root.modules():
+    # What get_decoder returns may be the output projection, as ModernBERT's decoders call that so.
+    roots = [model.get_decoder(), model] if hasattr(model, "get_decoder") else [model]
+    for parent in (module for root in roots for module in root.modules()):
         for child in parent.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 if len(set(child)) != count:
@@ -247,7 +365,8 @@ def _find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
 
 
 def _trace(model: Any) -> ModelLayout:
-    decoder, layers = _find_layers(model)
+    replica, originals = replicate(model)
+    decoder, layers = _find_layers(replica)
     name = type(model).__name__
     inputs: dict[int, Tensor] = {}
     versions: dict[int, int] = {}
@@ -257,23 +376,15 @@ def _trace(model: Any) -> ModelLayout:
         inputs[index] = layer_input(args, kwargs)
         versions[index] = inputs[index]._version
 
-    handles = [
+    for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(
             lambda _module, args, kwargs, index=index: enter_layer(index, args, kwargs), with_kwargs=True
         )
-        for index, layer in enumerate(layers)
-    ]
-    handles += [
+    for place, module in (("decoder", decoder), ("layer", layers[-1])):
         module.register_forward_hook(
             lambda _module, _args, output, place=place: outputs.__setitem__(place, last_hidden_state(output))
         )
-        for place, module in (("decoder", decoder), ("layer", layers[-1]))
-    ]
-    try:
-        output = run_short_forward(model, output_hidden_states=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    output = run_short_forward(replica, output_hidden_states=True)
     states = output.hidden_states
     if states is None or len(states) != len(layers) + 1:
         found = "none" if states is None else str(len(states))
@@ -284,7 +395,7 @@ def _trace(model: Any) -> ModelLayout:
         )
     if len(inputs) != len(layers):
         raise UnsupportedModelError(
-            f"{name} did not run the hooks of its layers: attach before compiling the model, or reload it"
+            f"{name} does not run its layers as modules of its own: is its forward replaced? Reload it"
         )
     # A layer that adds to its input in place leaves another value behind than it took.
     readable = [
@@ -293,8 +404,8 @@ def _trace(model: Any) -> ModelLayout:
     ]
     last = next((place for place in ("decoder", "layer") if _identical(outputs.get(place), states[-1])), None)
     return ModelLayout(
-        decoder=decoder,
-        layers=layers,
+        decoder=originals[decoder],
+        layers=cast(nn.ModuleList, originals[layers]),
         last=last,
         widths=tuple(state.shape[-1] for state in states),
         readable=(*readable, last is not None),
@@ -302,38 +413,14 @@ def _trace(model: Any) -> ModelLayout:
     )
 
 
-def run_short_forward(model: Any, **options: Any) -> Any:
-    """A few tokens through the model in evaluation mode; mode, hooks and random numbers are afterwards as before."""
-    device = model.get_input_embeddings().weight.device
-    token_ids = torch.arange(1, SHORT_FORWARD + 1, device=device).remainder(text_config(model).vocab_size)[None]
+def run_short_forward(replica: Any, **options: Any) -> Any:
+    """A few tokens through a replica of a model, which nobody else reads."""
+    device = replica.get_input_embeddings().weight.device
+    token_ids = torch.arange(1, SHORT_FORWARD + 1, device=device).remainder(text_config(replica).vocab_size)[None]
     # Tensors made in inference mode would not count their changes.
-    with _unchanged(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
-        return model(input_ids=token_ids, use_cache=False, return_dict=True, **options)
+    with reading(replica, alone=True), torch.inference_mode(False), torch.no_grad():
+        return replica(input_ids=token_ids, use_cache=False, return_dict=True, **options)
 
 
 def _identical(captured: Tensor | None, returned: Tensor) -> bool:
     return captured is not None and (captured is returned or torch.equal(captured, returned))
-
-
-@contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its mode, attributes and hooks back.
-
-    Asked for hidden states, transformers installs hooks of its own and leaves them.
-    """
-    before = [
-        (module, set(vars(module)), module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
-        for module in model.modules()
-    ]
-    for module, *_ in before:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, names, training, hooks, pre_hooks in before:
-            for name in vars(module).keys() - names:
-                del module.__dict__[name]
-            module.training = training
-            for current, kept in ((module._forward_hooks, hooks), (module._forward_pre_hooks, pre_hooks)):
-                for key in current.keys() - kept.keys():
-                    del current[key]

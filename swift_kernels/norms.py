@@ -6,8 +6,9 @@ The norm that begins layer l takes the layer's input, `hidden_states[l]`; the no
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from swift_kernels import features, reference
 from swift_kernels.checks import HIDDEN_STATE_DTYPES
+from swift_kernels.replica import replicate
 
 PROBE_ROWS = 8
 _KINDS = ((False, True), (False, False), (True, False))
@@ -67,10 +69,13 @@ class Norms:
 def find_norms(model: Any) -> Norms:
     """The RMSNorms of a model that one kernel can compute.
 
-    Runs one short forward, which leaves the model as it was, and each candidate on a few random rows: afresh each time,
-    as modules, weights and dtypes may have changed.
+    Runs one short forward, and each candidate on a few random rows, in a replica of the model: afresh each time, as
+    modules, weights and dtypes may have changed.
     """
     layout = features.model_layout(model)
+    replica, originals = replicate(features.unwrapped(model))
+    replicas = {module: copy for copy, module in originals.items()}
+    layers, decoder = [replicas[layer] for layer in layout.layers], replicas[layout.decoder]
     last = layout.num_hidden_layers
     takers: dict[int, list[nn.Module]] = {index: [] for index in range(last)}
     makers: list[tuple[nn.Module, Tensor]] = []
@@ -101,27 +106,20 @@ def find_norms(model: Any) -> Norms:
         if isinstance(output, Tensor):
             makers.append((module, output))
 
-    handles = []
-    inner = {module: None for layer in layout.layers for module in layer.modules() if module is not layer}
-    outer = [module for module in layout.decoder.modules() if module not in inner]
-    for index, layer in enumerate(layout.layers):
-        handles.append(
-            layer.register_forward_pre_hook(
-                lambda _module, args, kwargs, index=index: enter_layer(index, args, kwargs), with_kwargs=True
-            )
+    inner = {module: None for layer in layers for module in layer.modules() if module is not layer}
+    outer = [module for module in decoder.modules() if module not in inner]
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _module, args, kwargs, index=index: enter_layer(index, args, kwargs), with_kwargs=True
         )
+        for index, layer in enumerate(layers)
+    ]
     handles += [module.register_forward_pre_hook(enter_module, with_kwargs=True) for module in (*inner, *outer)]
     handles += [module.register_forward_hook(leave_module) for module in outer]
-    handles.append(
-        layout.decoder.register_forward_hook(
-            lambda _module, _args, output: final.append(features.last_hidden_state(output))
-        )
-    )
-    try:
-        features.run_short_forward(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    decoder.register_forward_hook(lambda _module, _args, output: final.append(features.last_hidden_state(output)))
+    features.run_short_forward(replica)
+    for handle in handles:  # the probes below run these modules once more
+        handle.remove()
 
     found: list[FusableNorm | str] = []
     for index in range(last):
@@ -141,7 +139,15 @@ def find_norms(model: Any) -> Norms:
         for module in over_tokens
         if calls[module] == 1 and type(module) in kinds and module not in taken
     ]
-    return Norms(found, [norm for norm in others if isinstance(norm, FusableNorm)])
+    own = functools.partial(_of_model, originals)
+    return Norms(list(map(own, found)), [norm for norm in map(own, others) if isinstance(norm, FusableNorm)])
+
+
+def _of_model(originals: dict[nn.Module, nn.Module], norm: FusableNorm | str) -> FusableNorm | str:
+    """A norm that was found in a replica, in the model."""
+    if isinstance(norm, str):
+        return norm
+    return replace(norm, module=originals[norm.module], owner=originals[norm.owner])
 
 
 def _first_norm(

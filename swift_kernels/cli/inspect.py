@@ -198,7 +198,8 @@ def _traced(
     from swift_kernels.cli import render
     from swift_kernels.evaluation.inspection import Shown, make_answers
     from swift_kernels.evaluation.traces import token_texts, trace_model, trace_store
-    from swift_kernels.integrations.compatibility import eos_token_ids, generating_model
+    from swift_kernels.features import generating_model
+    from swift_kernels.integrations.compatibility import eos_token_ids
     from swift_kernels.training.rollouts import tokenized
 
     items = tokenized(rollouts, tokenizer)

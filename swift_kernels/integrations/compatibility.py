@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from swift_kernels import features
 from swift_kernels.checkpoint import check_model
 from swift_kernels.head import SwiftHead, check_finite
@@ -43,16 +41,6 @@ def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> 
         raise features.UnsupportedModelError(
             f"{name} lies on {sorted(map(str, devices))}: scoring expects the whole model on one device"
         )
-
-
-def generating_model(model: Any) -> nn.Module:
-    """The model that generates, inside wrappers such as those of torch.compile and PEFT."""
-    for module in model.modules():
-        if any(base.__name__ == "GenerationMixin" for base in type(module).__mro__):
-            return module
-    raise features.UnsupportedModelError(
-        f"{type(model).__name__} cannot generate: expected a causal language model of transformers"
-    )
 
 
 def eos_token_ids(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:

@@ -21,6 +21,8 @@ class FeedLast:
         self.handle = scorer.model.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.scorer._is_read():  # another thread's
+            return
         names = (*_CACHE_NAMES, "attention_mask", "position_ids")
         self.inputs = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 

@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +50,10 @@ class Step(NamedTuple):
     gate_reward: Tensor | None
 
 
+_STEP: ContextVar[Step | None] = ContextVar("step", default=None)
+"""Of the forward that this thread or task runs."""
+
+
 class NormPath:
     """The fused norms of one attached model.
 
@@ -62,12 +67,14 @@ class NormPath:
         head: SwiftHead,
         buffers: Callable[[], Buffers | None],
         closed: Callable[[], None],
+        is_read: Callable[[], bool],
     ) -> None:
         """Finds the norms.
 
         Args:
             buffers: what a forward is scored into; None for one that is not scored inside norms.
             closed: called when a step has been scored.
+            is_read: whether the forwards of the present thread or task are the scorer's.
 
         Raises:
             ValueError: no norm of the model can be fused, or the head reads no hidden states.
@@ -102,7 +109,7 @@ class NormPath:
         if self.reason is None and len(selected) != len(self._scored):
             self.reason = "one norm module serves several entries"
         self._head = head
-        self._buffers, self._closed = buffers, closed
+        self._buffers, self._closed, self._is_read = buffers, closed, is_read
         self._layout = features.model_layout(model)
         self._eager_modules = [*self._layout.layers, *(norm.module for norm in self._scored)]
         self._inside = self._left_layers = False
@@ -129,7 +136,8 @@ class NormPath:
 
     def scores(self) -> bool:
         """Whether the forward that is running is scored inside the norms."""
-        return self._step is not None and not torch.compiler.is_compiling()
+        step = self._step
+        return step is not None and not torch.compiler.is_compiling() and step is _STEP.get()
 
     def expect(self, k: int, entry: Tensor) -> None:
         """Told of entry k of a step as the model comes to it.
@@ -149,6 +157,7 @@ class NormPath:
         self._inside = self._left_layers = False
         self._step = self._expected = None
         self._next_entry = 0
+        _STEP.set(None)
 
     def warmup(self, hidden_states: Sequence[Tensor], state: ScoreState, slots: Tensor, trace: Tensor | None) -> None:
         """Runs every fused norm once, on rows that are skipped: compiles what a step will need."""
@@ -166,7 +175,7 @@ class NormPath:
         return Step(weight, bias, slots, state.sums, state.token_count, state.partials, gate_reward)
 
     def _run_decoder(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._is_read():
             return stock(*args, **kwargs)
         self.reset()
         self._inside = True
@@ -178,7 +187,7 @@ class NormPath:
     def _run_first_layer(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Decides for the whole forward: never under torch.compile, with gradients, or in another dtype than the norms
         were probed in."""
-        if self._inside and not torch.compiler.is_compiling():
+        if self._inside and not torch.compiler.is_compiling() and self._is_read():
             entry = features.layer_input(args, kwargs)
             if (
                 entry.dim() == 3
@@ -189,11 +198,12 @@ class NormPath:
             ):
                 buffers = self._buffers()
                 self._step = None if buffers is None else self._make_step(*buffers)
+                _STEP.set(self._step)
         return stock(*args, **kwargs)
 
     def _run_last_layer(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = stock(*args, **kwargs)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._is_read():
             self._left_layers = True
         return output
 

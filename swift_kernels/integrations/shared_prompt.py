@@ -22,7 +22,6 @@ from swift_kernels.integrations.compatibility import (
     check_token_ids,
     eos_token_ids,
     forward_options,
-    generating_model,
 )
 
 
@@ -62,7 +61,8 @@ def forward_responses(
         check_token_ids(model, responses[index], f"response {index}")
     device = next(model.parameters()).device
     options = {"use_cache": True, **forward_options(model, config.features)}
-    prompt_cache = model(input_ids=torch.tensor([list(prompt)], device=device), **options).past_key_values
+    with features.reading(prompt, alone=True):  # nobody else reads this
+        prompt_cache = model(input_ids=torch.tensor([list(prompt)], device=device), **options).past_key_values
     if on_fed is not None:
         on_fed(len(prompt))
     # Of like length together: a forward is as long as its longest response.
@@ -91,7 +91,7 @@ def forward_responses(
         ) -> None:
             consume(places, k, features.pick(config.features, config.widths[k], entry, *picked))
 
-        with features.tap(model, config.features, config.layers, hand_over):
+        with features.read(model, config.features, config.layers, hand_over):
             model(input_ids=token_ids, past_key_values=cache, **options)
         if on_fed is not None:
             on_fed(sum(map(len, fed)))
@@ -126,7 +126,7 @@ def trace_responses(
         float32 `[responses]` scores; float32 `[tokens, 2]`, sigmoid gate and reward of the scored tokens; and int64
         `[responses + 1]`, cumulative numbers of these.
     """
-    model = generating_model(model)
+    model = features.generating_model(model)
     check_head(model, head, allow_mismatch=allow_mismatch)
     eos = eos_token_ids(model)
     tokens = sum(len(features.scored_tokens(response, eos, head.config.span)) for response in responses)

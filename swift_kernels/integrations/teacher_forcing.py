@@ -16,7 +16,6 @@ from swift_kernels.integrations.compatibility import (
     check_token_ids,
     eos_token_ids,
     forward_options,
-    generating_model,
 )
 
 
@@ -65,7 +64,7 @@ def forward_packed(
     def hand_over(k: int, entry: Tensor) -> None:
         consume(k, features.pick(config.features, config.widths[k], entry, *picked))
 
-    with torch.no_grad(), features.tap(model, config.features, config.layers, hand_over):
+    with torch.no_grad(), features.read(model, config.features, config.layers, hand_over):
         model(input_ids=token_ids, attention_mask=mask, use_cache=False, **options)
     return cu_seqlens
 
@@ -106,7 +105,7 @@ def score_texts(
     ended = [finished] * len(responses) if isinstance(finished, bool) else list(finished)
     if len(ended) != len(responses):
         raise ValueError(f"finished has {len(ended)} values for {len(responses)} responses")
-    model = generating_model(model)
+    model = features.generating_model(model)
     check_head(model, head, allow_mismatch=allow_mismatch)
     if tokenizer is None and any(isinstance(text, str) for text in (*prompts, *responses)):
         raise ValueError("prompts or responses are text: expected the model's tokenizer, got None")

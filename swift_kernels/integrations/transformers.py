@@ -8,18 +8,18 @@ count are known from the stopping criteria, which `generate` evaluates on every 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swift_kernels import features, schema
 from swift_kernels.head import SwiftHead
-from swift_kernels.integrations.compatibility import check_head, generating_model
+from swift_kernels.integrations.compatibility import check_head
 from swift_kernels.integrations.feed_last import FeedLast
 from swift_kernels.integrations.generation import (
     NotScoredError,
@@ -42,8 +42,6 @@ except ImportError as error:
 
 __all__ = ["NotScoredError", "Scorer", "UnsupportedGenerationError", "attach", "forward_packed", "score_texts"]
 
-_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
 
 def attach(
     model: Any,
@@ -54,6 +52,10 @@ def attach(
     allow_mismatch: bool = False,
 ) -> Scorer:
     """Scores what `model` generates inside a `with` block; `generate` itself returns what it would without.
+
+    Scored is what the thread (or `asyncio` task) that enters the block generates. Others may run the model meanwhile,
+    attached themselves or not, and do not notice. A thread that is begun inside the block joins in by
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
 
     Args:
         model: a decoder-only model of transformers.
@@ -71,7 +73,7 @@ def attach(
     """
     if fuse not in ("gather", "norm"):
         raise ValueError(f'fuse is {fuse!r}: expected "gather" or "norm"')
-    model = generating_model(model)
+    model = features.generating_model(model)
     check_head(model, head, allow_mismatch=allow_mismatch)
     return Scorer(model, head, fuse=fuse, trace=trace)
 
@@ -84,12 +86,15 @@ class Scorer:
         self.model = model
         self.head = head if head.weight.device == device else copy.deepcopy(head).to(device)
         self._keep_trace = trace
+        self._is_read = features.reads_here(self)
         self._state: ScoreState | None = None
         self._slots: Tensor | None = None
         self._own_slots: Tensor | None = None
         self._awaited: Tensor | None = None
         self._gate_reward: Tensor | None = None
-        self._norms = NormPath(model, self.head, self._buffers, self._step_scored) if fuse == "norm" else None
+        self._norms = (
+            NormPath(model, self.head, self._buffers, self._step_scored, self._is_read) if fuse == "norm" else None
+        )
         vocab_size = features.model_layout(model).vocab_size
         self._late = None if head.config.top_logprobs is None else TopLogprobs(self.head, vocab_size)
         self._entries: list[Tensor] = []
@@ -103,23 +108,21 @@ class Scorer:
         self._patches: ExitStack | None = None
 
     def __enter__(self) -> Scorer:
-        layout = features.model_layout(self.model)
-        claimed = {self.model, layout.decoder}
-        if any(module in _ATTACHED for module in claimed):
-            raise ValueError(f"{type(self.model).__name__} has a scorer attached already: leave its `with` block first")
+        decoder = features.model_layout(self.model).decoder
+        for other in features.readers():
+            if isinstance(other, Scorer) and (other is self or features.model_layout(other.model).decoder is decoder):
+                name = type(self.model).__name__
+                raise ValueError(f"{name} has a scorer attached already: leave its `with` block first")
+        if self._patches is not None:
+            raise RuntimeError("the scorer is attached already, in another thread: attach another one there")
         with ExitStack() as patches:
-            for module in claimed:
-                _ATTACHED.add(module)
-                patches.callback(_ATTACHED.discard, module)
             config = self.head.config
             if self._late is None:
-                patches.enter_context(features.tap(self.model, config.features, config.layers, self._consume))
+                patches.enter_context(features.tap(self.model, config.features, config.layers, self._consume, self))
             else:
                 patches.callback(patch(self.model, "forward", self._run_and_take_logits))
             if self._norms is not None:
                 patches.enter_context(self._norms.patch())
-            for name in ("_compiled_call", "_last_compile_config"):
-                patches.callback(set_aside(self.model, name))
             replacements: dict[str, Callable[..., Any]] = {
                 "generate": self._generate,
                 "_get_stopping_criteria": self._get_stopping_criteria,
@@ -129,7 +132,8 @@ class Scorer:
                 if hasattr(self.model, name):
                     replacements[name] = refuse_continuous_batching
             for name, replacement in replacements.items():
-                patches.callback(patch(self.model, name, replacement))
+                patches.callback(patch(self.model, name, functools.partial(self._where_read, replacement)))
+            patches.enter_context(features.reading(self))
             self._patches = patches.pop_all()
         return self
 
@@ -278,6 +282,12 @@ class Scorer:
             )
         return f"{type(self.model).__name__}: {source}, {config.num_features} features, {how}"
 
+    def _where_read(
+        self, replacement: Callable[..., Any], original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """A method of the model as the scorer replaces it, for its own thread or task; for others the original."""
+        return replacement(original, *args, **kwargs) if self._is_read() else original(*args, **kwargs)
+
     def _consume(self, k: int, entry: Tensor) -> None:
         """Receives the selected entries of a forward in turn, and scores the step at the last one."""
         if not self._active:
@@ -310,7 +320,7 @@ class Scorer:
     def _run_and_take_logits(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward whose logits are scored later, once the token that follows is known."""
         output = forward(*args, **kwargs)
-        if not self._active:
+        if not (self._active and self._is_read()):
             return output
         assert self._late is not None
         if not self._looping:
@@ -349,7 +359,8 @@ class Scorer:
         check_call(self.model, original, args, kwargs)
         if self._generating:
             raise RuntimeError(
-                f"{type(self.model).__name__} is generating already, in another thread: a scorer follows one generate"
+                f"{type(self.model).__name__} is generating already, in another thread: a scorer follows one generate, "
+                "attach another there"
             )
         self._generating = True
         self._active = self._looping = False
@@ -409,8 +420,12 @@ class Scorer:
             run.trace.append((self._gate_reward.clone(), self._slots >= 0))
 
     def _get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        stock = original(*args, **kwargs)
-        config = self.model.__dict__.get("_last_compile_config")
+        # What the stock call keeps of this one is not for others: they keep their own.
+        with ExitStack() as kept:
+            for name in ("_compiled_call", "_last_compile_config"):
+                kept.callback(set_aside(self.model, name))
+            stock = original(*args, **kwargs)
+            config = self.model.__dict__.get("_last_compile_config")
         if config is None:
             return stock
         if self._compiled is None or self._compiled[0] != config:

@@ -17,7 +17,7 @@ from swift_kernels.training.store import DTYPES, Layout, ShardProblem, digest
 
 
 class Recorder:
-    """Keeps, for every forward within it, the entries of each row's last position.
+    """Keeps, for every forward that this thread runs within it, the entries of each row's last position.
 
     The first forward of a decoding `generate` feeds the last prompt token, each later one a token of the answer: what
     belongs to token t of an answer comes with forward t + 1. Values are kept on the CPU, sketched as the store's are.
@@ -34,7 +34,8 @@ class Recorder:
             if source != features.TOP_LOGPROBS:  # these come with the tokens, by `sampled`
                 first = 0 if source == features.HIDDEN_STATES else self._layout.entries.index(source)
                 keep = functools.partial(self._keep, first)
-                self._taps.push(features.tap(self._model, source, self._layout.layers, keep))
+                self._taps.push(features.tap(self._model, source, self._layout.layers, keep, self))
+        self._taps.enter_context(features.reading(self))
         return self
 
     def __exit__(

@@ -1,0 +1,53 @@
+"""A replica of a model: modules of its own over the same weights.
+
+What looks into a model (hooks, another mode, weights exchanged for a probe) does so in a replica, so that the model
+itself, which another thread may be running, never changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+_CONTAINERS = (dict, list, set)
+
+
+class Replica(NamedTuple):
+    """A replica in evaluation mode, and the module of the model that each of its modules stands for."""
+
+    model: Any
+    originals: dict[nn.Module, nn.Module]
+
+
+def replicate(model: nn.Module) -> Replica:
+    """Makes a replica that shares all tensors with `model`; hooks run in it as well, and nothing of it is compiled."""
+    replicas = {module: object.__new__(type(module)) for module in model.modules()}
+    for module, replica in replicas.items():
+        # Containers are copied one level deep: hooks, and what else a module registers.
+        attributes = {
+            name: value.copy() if isinstance(value, _CONTAINERS) else _rebound(value, replicas)
+            for name, value in vars(module).copy().items()
+        }
+        attributes["_modules"] = {name: _rebound(child, replicas) for name, child in module._modules.items()}
+        attributes["training"] = False
+        attributes.pop("_compiled_call_impl", None)
+        vars(replica).update(attributes)
+    return Replica(replicas[model], {replica: module for module, replica in replicas.items()})
+
+
+def _rebound(value: Any, replicas: dict[nn.Module, nn.Module]) -> Any:
+    """What belongs to a module of the model, such as a `forward` of its own, made to belong to its replica."""
+    if isinstance(value, nn.Module):
+        return replicas.get(value, value)
+    value = getattr(value, "_torchdynamo_orig_callable", value)  # what torch.compile was given
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _rebound(value.__self__, replicas))
+    if isinstance(value, functools.partial):
+        arguments = [_rebound(argument, replicas) for argument in value.args]
+        rebound = functools.partial(_rebound(value.func, replicas), *arguments, **value.keywords)
+        vars(rebound).update(vars(value))
+        return rebound
+    return value
