@@ -6,8 +6,10 @@ A checkpoint carries a fingerprint of the model it was trained on, so that it is
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from swift_kernels import features, files, hub
+from swift_kernels.fingerprint import check_fingerprint, compare_model, model_name
 from swift_kernels.head import DTYPES, HeadConfig, SwiftHead, check_finite
 
 CONFIG_NAME = "config.json"
@@ -29,14 +32,6 @@ LAYERS_CONVENTION = (
 PACKAGED_HEADS = Path(__file__).parent / "heads"
 """Heads that ship with the package, a folder each."""
 
-FINGERPRINT_VALUES = 64
-SAME_TOLERANCE = 0.01
-"""Relative distance below which values count as the same weights: bfloat16 rounds within 0.004, 8-bit blocks within
-0.005."""
-RELATED_TOLERANCE = 0.3
-"""Above this, the values belong to another model (unrelated vectors are 1.4 apart); in between, to a fine-tune or to
-weights quantised to very few bits."""
-
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, what is wrong, and what to do."""
@@ -47,7 +42,12 @@ class ModelMismatchError(CheckpointError):
 
 
 def save(head: SwiftHead, path: str | Path) -> None:
-    """Writes `head` into the folder `path`: the weights first, the config last, each replaced atomically."""
+    """Writes `head` into the folder `path`: the weights first, the config last, each replaced atomically.
+
+    Raises:
+        CheckpointError: the folder holds another `config.json` or `model.safetensors`, such as a language model's.
+        ValueError: a weight is not finite, or of another dtype than the config says.
+    """
     check_finite(head, "not saved")
     if head.weight.dtype != DTYPES[head.config.dtype]:
         raise ValueError(
@@ -56,9 +56,19 @@ def save(head: SwiftHead, path: str | Path) -> None:
         )
     _safetensors()  # or it says what to install
     folder = Path(path)
+    _check_own(folder)
     files.write_tensors(folder / WEIGHTS_NAME, head.state_dict())
-    config = {"format_version": FORMAT_VERSION, "layers_convention": LAYERS_CONVENTION, **head.config.to_dict()}
-    files.write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    config = {
+        "format_version": FORMAT_VERSION,
+        "layers_convention": LAYERS_CONVENTION,
+        # Between the two files a process may be killed: the config says which weights are its own.
+        "weights_sha256": _sha256(folder / WEIGHTS_NAME),
+        **head.config.to_dict(),
+    }
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    # Lists of numbers, of which a fingerprint has hundreds, take a line each.
+    text = re.sub(r"\[\n\s+([-+.,\deE\s]+?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    files.write_text(folder / CONFIG_NAME, text + "\n")
 
 
 def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = False, **options: Any) -> SwiftHead:
@@ -78,15 +88,20 @@ def load(path: str | Path, *, model: Any | None = None, allow_mismatch: bool = F
     folder = next((place for place in (Path(path), PACKAGED_HEADS / path) if place.is_dir()), None)
     if folder is None:
         folder = _download(str(path), **options)
-    config = _read_config(folder / CONFIG_NAME)
+    config, sha256 = _read_config(folder / CONFIG_NAME)
     _check_size(folder / WEIGHTS_NAME, config)
     head = SwiftHead(config)
     head.load_state_dict(_read_weights(folder / WEIGHTS_NAME, head))
     check_finite(head, str(folder / WEIGHTS_NAME))
+    if sha256 is not None and _sha256(folder / WEIGHTS_NAME) != sha256:
+        raise CheckpointError(
+            f"{folder / WEIGHTS_NAME} holds other weights than {CONFIG_NAME} was written with: was saving interrupted, "
+            "or one of the two replaced? Save the head again, or take both files from one place"
+        )
     head.requires_grad_(False)
     if model is not None:
         check_model(head, model, allow_mismatch=allow_mismatch)
-        head.to(model.get_input_embeddings().weight.device)
+        head.to(features.unwrapped(model).get_input_embeddings().weight.device)
     return head
 
 
@@ -164,24 +179,6 @@ def save_upstream(head: SwiftHead, path: str | Path) -> None:
         torch.save(state, temporary)
 
 
-def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells a model from another: architecture, sizes, and 64 values each of final norm and one embedding row."""
-    config = features.text_config(model)
-    embedding = model.get_input_embeddings().weight
-    row = embedding.shape[0] // 3
-    norm = _final_norm(model)
-    return {
-        "name": Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name,
-        "architecture": type(model).__name__,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "vocab_size": config.vocab_size,
-        "embedding_row": row,
-        "embedding_values": _sample(embedding[row]),
-        "final_norm_values": None if norm is None else _sample(norm.weight),
-    }
-
-
 def check_model(head: SwiftHead, model: Any, *, allow_mismatch: bool = False) -> None:
     """Raises `ModelMismatchError` when `head` was trained on another model, warns when on a relative of this one."""
     if head.config.base_model is None:
@@ -189,87 +186,44 @@ def check_model(head: SwiftHead, model: Any, *, allow_mismatch: bool = False) ->
     difference, same_model = compare_model(head.config.base_model, model)
     if not difference:
         return
-    name = fingerprint(model)["name"]
-    message = f"the head was trained on {head.config.base_model['name']}, the model is {name}: {difference}"
+    message = (
+        f"the head was trained on {head.config.base_model['name']}, the model is {model_name(model)}: {difference}"
+    )
     if not same_model and not allow_mismatch:
         raise ModelMismatchError(f"{message}. allow_mismatch=True overrides")
     warnings.warn(f"{message}; scores may be off", UserWarning, stacklevel=3)
 
 
-def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
-    """How `model` differs from a recorded fingerprint ("" if it does not), and whether it may still be called the same.
-
-    Copies in other dtypes do not differ; a fine-tune differs and is the same; another model is not.
-    """
-    check_fingerprint(recorded)
-    actual = fingerprint(model)
-    embedding = model.get_input_embeddings().weight
-    # Vocabularies may be padded differently; the row is one both have.
-    actual["embedding_values"] = _sample(embedding[min(recorded["embedding_row"], embedding.shape[0] - 1)])
-    return compare_fingerprints(recorded, actual)
-
-
-def compare_fingerprints(recorded: dict[str, Any], actual: dict[str, Any]) -> tuple[str, bool]:
-    """As `compare_model`, of a model that was recorded too."""
-    for key in ("architecture", "hidden_size", "num_hidden_layers"):
-        if recorded[key] != actual[key]:
-            return f"{key} is {actual[key]}, expected {recorded[key]}", False
-    distance = max(_distance(recorded[key], actual[key]) for key in ("embedding_values", "final_norm_values"))
-    if not distance <= RELATED_TOLERANCE:  # NaN is no likeness
-        return f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}", False
-    if distance > SAME_TOLERANCE:
-        return f"its weights are {distance:.3f} away (relative), as a fine-tune's would be", True
-    return "", True
+def _check_own(folder: Path) -> None:
+    """Raises where saving a head would replace files of something else."""
+    config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    if config.is_file():
+        try:
+            own = "layers_convention" in json.loads(config.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, RecursionError, OSError):
+            own = not config.stat().st_size
+        if not own:
+            raise CheckpointError(f"{config} is no head's config: expected another folder for the head")
+    elif weights.is_file() and not _holds_a_head(weights):
+        raise CheckpointError(f"{weights} holds no head's weights: expected another folder for the head")
 
 
-def check_fingerprint(recorded: Any) -> None:
-    """Raises when something read from a file is no fingerprint of a model."""
-    kinds = {"name": str, "architecture": str, "hidden_size": int, "num_hidden_layers": int, "embedding_row": int}
-    wrong = not isinstance(recorded, dict) or any(
-        not isinstance(recorded.get(key), kind) for key, kind in kinds.items()
-    )
-    for key in ("embedding_values", "final_norm_values"):
-        values = None if wrong else recorded.get(key)
-        if isinstance(values, list):
-            wrong = any(not isinstance(value, int | float) for value in values)
-        elif values is not None or key == "embedding_values":
-            wrong = True
-    if wrong:
-        raise CheckpointError(
-            "the fingerprint of the base model is damaged: expected name, architecture, sizes and values as "
-            "checkpoint.fingerprint gives them"
-        )
+def _holds_a_head(weights: Path) -> bool:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(weights, framework="pt") as file:
+            return set(file.keys()) == {"weight", "bias"}
+    except Exception:  # safetensors raises its own Rust-side type, and OSError
+        return False
 
 
-def _final_norm(model: Any) -> Any:
-    """The norm after the last layer: the last child of the decoder, after its layers, with a weight of its width."""
-    layout = features.model_layout(model)
-    children = list(layout.decoder.children())
-    for child in reversed(children[children.index(layout.layers) + 1 :]):
-        weight = getattr(child, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 1 and weight.shape[0] == layout.widths[-2]:
-            return child
-    return None
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _sample(values: Tensor) -> list[float]:
-    values = values.detach()
-    if hasattr(values, "full_tensor"):  # a DTensor of a sharded model
-        values = values.full_tensor()
-    step = max(1, values.numel() // FINGERPRINT_VALUES)
-    return [round(value, 7) for value in values[::step][:FINGERPRINT_VALUES].float().cpu().tolist()]
-
-
-def _distance(expected: list[float] | None, actual: list[float] | None) -> float:
-    if expected is None or actual is None:
-        return 0.0 if expected is actual else float("inf")
-    if len(expected) != len(actual):
-        return float("inf")
-    first, second = torch.tensor(expected), torch.tensor(actual)
-    return ((first - second).norm() / first.norm().clamp_min(1e-12)).item()
-
-
-def _read_config(path: Path) -> HeadConfig:
+def _read_config(path: Path) -> tuple[HeadConfig, str | None]:
+    """The config, and the checksum of its weights, which earlier versions did not write."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -283,6 +237,9 @@ def _read_config(path: Path) -> HeadConfig:
     convention = raw.pop("layers_convention", LAYERS_CONVENTION)
     if convention != LAYERS_CONVENTION:
         raise CheckpointError(f"{path} numbers layers otherwise: {convention!r}, expected {LAYERS_CONVENTION!r}")
+    sha256 = raw.pop("weights_sha256", None)
+    if not isinstance(sha256, str | None):
+        raise CheckpointError(f"{path}: weights_sha256 is {sha256!r}: expected the checksum of the weights")
     known = {field.name for field in dataclasses.fields(HeadConfig)}
     if set(raw) != known:
         missing, extra = sorted(known - set(raw)), sorted(set(raw) - known)
@@ -293,7 +250,7 @@ def _read_config(path: Path) -> HeadConfig:
             check_fingerprint(config.base_model)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return config
+    return config, sha256
 
 
 def _check_size(path: Path, config: HeadConfig) -> None:

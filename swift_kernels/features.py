@@ -137,7 +137,7 @@ def unwrapped(model: Any) -> Any:
     """The model that generates, inside of wrappers such as those of torch.compile, PEFT and DDP; else the model itself.
 
     Raises:
-        UnsupportedModelError: a wrapper adds what the model inside does not know of, or weights are not there.
+        UnsupportedModelError: a wrapper adds what the model inside does not know of.
     """
     found = model
     for module in model.modules():
@@ -150,12 +150,21 @@ def unwrapped(model: Any) -> Any:
         if _generates(module):
             found = module
             break
-    if any(parameter.device.type == "meta" for parameter in found.parameters()):
-        raise UnsupportedModelError(
-            f"{type(found).__name__} has offloaded weights: scoring expects the whole model on one device, load it "
-            "without offloading"
-        )
     return found
+
+
+def check_devices(model: Any) -> None:
+    """Raises unless the whole model lies on one device."""
+    devices = {parameter.device for parameter in model.parameters()}
+    name = type(model).__name__
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModelError(
+            f"{name} has offloaded weights: scoring expects the whole model on one device, load it without offloading"
+        )
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{name} lies on {sorted(map(str, devices))}: scoring expects the whole model on one device"
+        )
 
 
 def generating_model(model: Any) -> nn.Module:

@@ -138,8 +138,10 @@ class SwiftHead(nn.Module):
         `layers` is "all" (0..L), a list of indices (negative ones count from the end), "logits" or "top_logprobs";
         the last reads the `top_logprobs` largest log-probabilities, 20 unless told otherwise.
         """
-        from swift_kernels.checkpoint import fingerprint
+        from swift_kernels.fingerprint import fingerprint
 
+        model = features.unwrapped(model)
+        features.check_devices(model)
         layout = features.model_layout(model)
         common: dict[str, Any] = {
             "gate": gate,

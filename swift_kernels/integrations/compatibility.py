@@ -14,6 +14,7 @@ from swift_kernels.head import SwiftHead, check_finite
 def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> None:
     """Raises when the features of `head` cannot be read from `model`, or it was trained on another model."""
     config, layout, name = head.config, features.model_layout(model), type(model).__name__
+    features.check_devices(model)
     check_finite(head, "the head cannot score")
     check_model(head, model, allow_mismatch=allow_mismatch)
     if config.features == features.LOGITS:
@@ -36,11 +37,6 @@ def check_head(model: Any, head: SwiftHead, *, allow_mismatch: bool = False) -> 
                 f"{name} does not show hidden_states{hidden} where its layers begin or its decoder ends: scoring them "
                 "would read other values than the head was trained on; choose other layers"
             )
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise features.UnsupportedModelError(
-            f"{name} lies on {sorted(map(str, devices))}: scoring expects the whole model on one device"
-        )
 
 
 def eos_token_ids(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:

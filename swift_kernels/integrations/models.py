@@ -7,6 +7,7 @@ read from the installed wheels, without importing them, and converted once into 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import re
 import shutil
@@ -110,8 +111,14 @@ def _convert(parts: list[Path], name: str) -> Path:
     """Converts a GGUF file (cut into `parts`) to a folder of the cache, unless it is there already."""
     import transformers
 
-    stamp = "-".join(f"{part.stat().st_size:x}" for part in parts)
-    folder = cache_folder() / "models" / f"{name}-{stamp}-transformers{transformers.__version__.split('.')[0]}"
+    # By content: the fine-tunes of a model in one quantisation have one size, and often one name.
+    content = hashlib.sha256()
+    for part in parts:
+        with open(part, "rb") as file:
+            while chunk := file.read(1 << 22):
+                content.update(chunk)
+    version = transformers.__version__.split(".")[0]
+    folder = cache_folder() / "models" / f"{name}-{content.hexdigest()[:32]}-transformers{version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

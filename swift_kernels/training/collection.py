@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from swift_kernels import features
-from swift_kernels.checkpoint import fingerprint
 from swift_kernels.evaluation.tasks import Problem, Task, timeouts
 from swift_kernels.files import replacing
+from swift_kernels.fingerprint import fingerprint
 from swift_kernels.head import HeadConfig
 from swift_kernels.integrations.compatibility import eos_token_ids
 from swift_kernels.integrations.shared_prompt import forward_responses

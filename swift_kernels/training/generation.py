@@ -57,7 +57,7 @@ class Sampling:
 
 def settings(model: nn.Module, task: Task, sampling: Sampling, *, split: str, chat: bool) -> dict[str, Any]:
     """The header of a rollout file: all that decides about its content but the number of problems."""
-    from swift_kernels.checkpoint import fingerprint
+    from swift_kernels.fingerprint import fingerprint
 
     return {
         "model": fingerprint(model),

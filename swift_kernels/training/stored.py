@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from swift_kernels import features
-from swift_kernels.checkpoint import ModelMismatchError, compare_fingerprints
+from swift_kernels.checkpoint import ModelMismatchError
+from swift_kernels.fingerprint import compare_fingerprints
 from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.training import store as stores
 from swift_kernels.training.rollouts import Rollout, RolloutFile
