@@ -385,15 +385,23 @@ def _trace(model: Any) -> ModelLayout:
         inputs[index] = layer_input(args, kwargs)
         versions[index] = inputs[index]._version
 
-    for index, layer in enumerate(layers):
+    handles = [
         layer.register_forward_pre_hook(
             lambda _module, args, kwargs, index=index: enter_layer(index, args, kwargs), with_kwargs=True
         )
-    for place, module in (("decoder", decoder), ("layer", layers[-1])):
+        for index, layer in enumerate(layers)
+    ]
+    handles += [
         module.register_forward_hook(
             lambda _module, _args, output, place=place: outputs.__setitem__(place, last_hidden_state(output))
         )
-    output = run_short_forward(replica, output_hidden_states=True)
+        for place, module in (("decoder", decoder), ("layer", layers[-1]))
+    ]
+    try:
+        output = run_short_forward(replica, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
     states = output.hidden_states
     if states is None or len(states) != len(layers) + 1:
         found = "none" if states is None else str(len(states))

@@ -48,7 +48,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     norm = _final_norm(model)
     return {
         "name": model_name(model),
-        "architecture": type(model).__name__,
+        "architecture": type(model).__name__.removeprefix("FSDP"),  # as fully_shard renames it
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
@@ -62,7 +62,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
 def model_name(model: Any) -> str:
     """The last part of the path or the Hub id it was loaded from, else its architecture."""
     model = features.unwrapped(model)
-    return Path(getattr(model.config, "_name_or_path", "") or type(model).__name__).name
+    return Path(getattr(model.config, "_name_or_path", "") or type(model).__name__.removeprefix("FSDP")).name
 
 
 def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:

@@ -116,10 +116,14 @@ def find_norms(model: Any) -> Norms:
     ]
     handles += [module.register_forward_pre_hook(enter_module, with_kwargs=True) for module in (*inner, *outer)]
     handles += [module.register_forward_hook(leave_module) for module in outer]
-    decoder.register_forward_hook(lambda _module, _args, output: final.append(features.last_hidden_state(output)))
-    features.run_short_forward(replica)
-    for handle in handles:  # the probes below run these modules once more
-        handle.remove()
+    handles.append(
+        decoder.register_forward_hook(lambda _module, _args, output: final.append(features.last_hidden_state(output)))
+    )
+    try:
+        features.run_short_forward(replica)
+    finally:
+        for handle in handles:  # the probes below run these modules once more
+            handle.remove()
 
     found: list[FusableNorm | str] = []
     for index in range(last):

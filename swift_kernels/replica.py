@@ -23,7 +23,13 @@ class Replica(NamedTuple):
 
 
 def replicate(model: nn.Module) -> Replica:
-    """Makes a replica that shares all tensors with `model`; hooks run in it as well, and nothing of it is compiled."""
+    """Makes a replica that shares all tensors with `model`; hooks run in it as well, and nothing of it is compiled.
+
+    A model that `fully_shard` (FSDP2) has taken stands for itself, in the mode that it is in: its weights are gathered
+    into the very modules that were sharded.
+    """
+    if any(hasattr(module, "unshard") for module in model.modules()):
+        return Replica(model, {module: module for module in model.modules()})
     replicas = {module: object.__new__(type(module)) for module in model.modules()}
     for module, replica in replicas.items():
         # Containers are copied one level deep: hooks, and what else a module registers.

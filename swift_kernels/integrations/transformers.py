@@ -42,6 +42,10 @@ except ImportError as error:
 
 __all__ = ["NotScoredError", "Scorer", "UnsupportedGenerationError", "attach", "forward_packed", "score_texts"]
 
+_ELSEWHERE = (
+    ". Another thread is scored if it runs in the context of the one that attached: contextvars.copy_context().run"
+)
+
 
 def attach(
     model: Any,
@@ -480,7 +484,7 @@ class Scorer:
 
     def _finished_run(self) -> Run:
         if self._run is None:
-            raise RuntimeError("nothing was generated: call model.generate inside the `with` block first")
+            raise RuntimeError(f"nothing was generated: call model.generate inside the `with` block first{_ELSEWHERE}")
         if not self._run.complete:
             raise RuntimeError("the last generate did not return: it has no scores")
         return self._run
@@ -490,7 +494,7 @@ class Scorer:
             if not self._scored and not self._replayed():
                 raise NotScoredError(
                     "no forward of one position was scored since begin(): a model that was compiled or captured "
-                    "before attach() does not run its hooks; attach first"
+                    f"before attach() does not run its hooks; attach first{_ELSEWHERE}"
                 )
         else:
             run = self._finished_run()
