@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import suppress
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 from swift_kernels.evaluation.math_answers import Node, marked_answer, parse_answer, plain_prose
@@ -215,8 +216,40 @@ def _configs() -> Any:
     return (LatexExtractionConfig(normalization_config=normalization), ExprExtractionConfig())
 
 
-def _prepare() -> None:
+_ARITHMETIC = re.compile(r"[\d\s.+\-*/^()]*")
+"""What math-verify takes for a plain expression: no letter, no quote and no bracket, so that nothing can be named."""
+
+
+def guard_evaluators() -> None:
+    """Lets sympy's parser of text, which evaluates it as Python, see nothing but arithmetic.
+
+    math-verify gives it no more; but many functions of sympy call it for a string, and nobody promises that none of
+    LaTeX's conversions ever passes one on.
+    """
     import math_verify  # noqa: F401
+    import sympy.physics.units  # noqa: F401  # has sympy parse names of its own, when a solver first needs it
+    from sympy.parsing import sympy_parser
+
+    evaluate = sympy_parser.parse_expr
+    if hasattr(evaluate, "__wrapped__"):
+        return
+
+    @wraps(evaluate)
+    def parse_expr(text: str, *args: Any, **options: Any) -> Any:
+        if not isinstance(text, str) or not _ARITHMETIC.fullmatch(text):
+            raise ValueError("only arithmetic is parsed as Python")
+        return evaluate(text, *args, **options)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "parse_expr", None) is evaluate:
+            module.parse_expr = parse_expr  # type: ignore[attr-defined]
+
+
+def _prepare() -> None:
+    guard_evaluators()
+    # What is set up when first used, every fork would set up anew.
+    equal(parse_answer("\\frac{1}{2} + \\sqrt{x}"), parse_answer("\\sqrt{x} + 2^{-1}"))
+    final_answer("so it is $2x^2$ or 3/4")
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ class ReasoningGym:
     for base models and small ones, instead of an instruction in a chat. Problems with the same words and numbers in
     another order share a key where the dataset is one of arithmetic: 5 + 12 gives 12 + 5 away.
 
-    Scorers evaluate what a model wrote, so they run in a process of their own under a time limit; an answer that
-    exceeds it is wrong.
+    What a model wrote is data. Scorers that would evaluate it are fed only literals and arithmetic, whatever else it
+    is counts as wrong; all run in a process of their own, without rights and under a time limit.
     """
 
     _INSTRUCTION = "Give the final answer, and nothing else, between <answer> and </answer>."

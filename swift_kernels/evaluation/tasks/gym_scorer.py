@@ -1,7 +1,8 @@
-"""The scorers of reasoning-gym in a process of their own, under a time limit: they evaluate what a model wrote."""
+"""The scorers of reasoning-gym in a process of their own, without rights and under a time limit."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ class Scorer(Worker):
 
     def score(self, dataset: str, config: dict[str, Any], answer: str, entry: Any) -> float:
         """The score of an answer to `entry`, a problem of this dataset; 0 where the scorer fails or takes too long."""
-        return self.ask((dataset, config, answer, entry)) or 0.0
+        score = self.ask((dataset, config, answer, entry))
+        # The process may have been taken over: whatever it says that is no score is none.
+        return score if isinstance(score, float) and math.isfinite(score) else 0.0
 
 
 SCORER = Scorer()
