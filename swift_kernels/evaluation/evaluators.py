@@ -12,6 +12,7 @@ import importlib
 import inspect
 import sys
 import textwrap
+from dataclasses import is_dataclass
 from functools import cache
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -79,8 +80,8 @@ class _Reader:
             return
         name = getattr(found, "__name__", type(found).__name__)
         module = getattr(found, "__module__", None) or type(found).__module__
-        package = module.partition(".")[0]
-        if module == "builtins":
+        package = module.partition(".")[0].lstrip("_")  # what is in C: _pickle, _io
+        if module == "builtins" or found is open:
             if name in EVALUATORS and isinstance(found, BuiltinFunctionType):
                 self.found.add(name)
         elif package in EXECUTING_MODULES:
@@ -110,8 +111,8 @@ class _Reader:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(found)))
         except (OSError, TypeError, SyntaxError):
-            if found.__code__.co_filename == "<string>":
-                return  # a method that `dataclass` wrote: it sets fields
+            if is_dataclass(owner) and found.__name__.startswith("__"):
+                return  # written by `dataclass`: it sets fields, or compares them
             self.found.add(f"unknown: {found.__qualname__} has no source")
             return
         _Body(self, found, owner).visit(tree)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-reasoning_gym = pytest.importorskip("reasoning_gym")
+pytest.importorskip("reasoning_gym")
+
+import reasoning_gym
 
 from swift_kernels.evaluation.tasks import get_task, gym_worker
 from swift_kernels.evaluation.tasks.gym_scorer import Scorer
@@ -20,6 +25,9 @@ EVALUATING = (
     *("simple_integration", "spiral_matrix", "string_insertion"),
 )
 """Datasets known to evaluate the answer itself."""
+
+OTHERS = ("bitwise_arithmetic", "number_sorting")
+"""Those that evaluate what the problem holds."""
 
 CALLS = {
     "call": "__import__('pathlib').Path('{path}').touch()",
@@ -58,13 +66,14 @@ def attacks(path: Path, entry: Any) -> dict[str, str]:
 
 
 def test_reading_finds_the_datasets_that_execute_text() -> None:
-    found = ordinary.executing()
-    print("\n".join(f"{name}: {', '.join(sorted(what))}" for name, what in found.items()))
-    assert set(EVALUATING) <= set(found)
-    assert not {"gcd", "chain_sum", "lcm", "caesar_cipher", "word_ladder", "codeio", "zebra_puzzles"} & set(found)
+    # In a process of its own, as for graders: pytest puts its own functions in place of some of Python's.
+    code = "import json; from tests.evaluation import ordinary; print(json.dumps(ordinary.executing(), default=list))"
+    found = json.loads(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
+    print("\n".join(f"{name}: {', '.join(what)}" for name, what in found.items()))
+    assert set(found) == {*EVALUATING, *OTHERS}
 
 
-@pytest.mark.parametrize("name", ordinary.executing())
+@pytest.mark.parametrize("name", sorted((*EVALUATING, *OTHERS)))
 class TestExecuting:
     def test_attacks_are_refused_before_they_reach_the_scorer(self, name: str, tmp_path: Path) -> None:
         entry = entry_of(name)

@@ -40,9 +40,10 @@ def gym() -> tuple[Worker, Callable[[str], bool]]:
     from swift_kernels.evaluation.tasks.gym_scorer import Scorer
 
     scorer = Scorer(LIMIT)
-    entry = reasoning_gym.create_dataset("countdown", size=1, seed=0)[0]
-    answers = {"right": entry["metadata"]["expression"], "hangs": "9**9**9**9"}
-    return scorer, lambda answer: scorer.score("countdown", {}, answers[answer], entry) == 1.0
+    entry = reasoning_gym.create_dataset("simple_integration", size=1, seed=0)[0]
+    hard = {**entry, "metadata": {**entry["metadata"], "integrand": "9**9**9**9"}}
+    entries = {"right": entry, "hangs": hard}
+    return scorer, lambda answer: scorer.score("simple_integration", {}, entry["answer"], entries[answer]) == 1.0
 
 
 @pytest.fixture(scope="module", params=[plain, mathematics, gym])
