@@ -12,7 +12,7 @@ import builtins
 import keyword
 import math
 import re
-import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -56,7 +56,7 @@ def may_be_executed(text: str, evaluators: frozenset[str]) -> bool:
     if not evaluators:
         return True
     if evaluators == {"eval"}:
-        return is_literal(text) or is_words(text)
+        return is_words(text) if _WORDS.fullmatch(text.strip(" \n")) else is_literal(text)
     # A string that sympy's parser returns would be parsed again.
     if all(name.startswith("sympy.") for name in evaluators):
         return is_expression(text)
@@ -68,9 +68,7 @@ def is_literal(text: str, strings: bool = True) -> bool:
     if len(text) > LONGEST or not _LITERAL.fullmatch(text) or _depth(text) > DEEPEST:
         return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd numbers, such as 1if
-            return _bounded(ast.literal_eval(text.strip()), strings)
+        return _bounded(ast.literal_eval(text.strip()), strings)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return False
 
@@ -84,9 +82,7 @@ def is_words(text: str) -> bool:
     if len(text) > LONGEST or not _WORDS.fullmatch(text):
         return False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(text)
+        ast.parse(text)
     except SyntaxError:
         return True
     return False
@@ -111,10 +107,8 @@ def is_expression(text: str) -> bool:
     from sympy.parsing.sympy_parser import standard_transformations, stringify_expr
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            code = stringify_expr(text, {}, dict(_names()), standard_transformations)
-            _size(ast.parse(code.strip(), mode="eval").body)
+        code = stringify_expr(text, {}, _names(), standard_transformations)
+        _size(ast.parse(code.strip(), mode="eval").body)
     except Exception:
         # Neither can what is no code be evaluated, nor what sympy's first step already fails at.
         return False
@@ -163,6 +157,19 @@ class _RefusedError(ValueError):
 _INFINITE = math.inf
 
 
+def _once(bound: Callable[[ast.expr], float]) -> Callable[[ast.expr], float]:
+    """Finds a bound once for each node: the two kinds ask for each other, and would double the work at each level."""
+
+    def known(node: ast.expr) -> float:
+        found = vars(node).setdefault("bounds", {})
+        if bound not in found:
+            found[bound] = bound(node)
+        return float(found[bound])
+
+    return known
+
+
+@_once
 def _size(node: ast.expr) -> float:
     """A bound of the digits that a value and its intermediate results have; infinite with a symbol in it."""
     match node:
@@ -218,6 +225,7 @@ def _power(base: ast.expr, exponent: ast.expr) -> float:
     return _held(max(size, 1) * max(power, 1))
 
 
+@_once
 def _value(node: ast.expr) -> float:
     """A bound of a value's magnitude; infinite with a symbol in it."""
     size = _size(node)

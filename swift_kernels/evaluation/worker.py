@@ -251,6 +251,9 @@ def _serve(
     """Answers questions until the first out of the ordinary, without rights."""
     missing = sandbox.enter((questions, replies))
     sys.dont_write_bytecode = True
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     with os.fdopen(questions, "rb") as lines, os.fdopen(replies, "wb") as said:
         if first:
             said.write(_READY + json.dumps(missing).encode() + b"\n")
@@ -265,8 +268,10 @@ def _serve(
                 reply = json.dumps(answer(pickle.loads(base64.b64decode(content))), ensure_ascii=False)
                 usual = True
             _set_alarm(0)
-            # On a line of its own, whatever else was written. Escapes would make one character of two surrogates.
-            said.write(b"\n%b %b\n" % (bytes(asked[:]), reply.encode("utf-8", "surrogatepass")))
+            # On a line of its own, whatever else was written before an exception. Escapes would make one character of
+            # two surrogates.
+            begin = b"" if usual else b"\n"
+            said.write(b"%b%b %b\n" % (begin, bytes(asked[:]), reply.encode("utf-8", "surrogatepass")))
             said.flush()
             asked[:] = _NOTHING
             if not usual or time.process_time() > sandbox.CPU / 2:
@@ -286,6 +291,4 @@ def _set_alarm(seconds: float) -> None:
     The signal's default action needs no Python, so that it interrupts an operation in C too.
     """
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, min(seconds, 1e6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,44 +65,61 @@ def grader() -> Iterator[MathGrader]:
 
 
 _UNSANDBOXED = """
-import sys
+import json, sys
 from swift_kernels.evaluation import math_worker
 from sympy.parsing import sympy_parser
 
-# Without the sandbox, and without a guard where `guarded` is not given: what reaches the evaluator is printed.
-answers, guarded = sys.argv[2:], sys.argv[1] == "guarded"
-evaluate = sympy_parser.eval_expr
+evaluate, seen = sympy_parser.eval_expr, []
 
-def show(code, *scopes):
-    if isinstance(code, str) and ("open" in code or "import" in code or "class" in code):
-        print("evaluated", code)
+def note(code, *scopes):
+    seen.append(str(code))
     return evaluate(code, *scopes)
 
-sympy_parser.eval_expr = show
-if guarded:
+sympy_parser.eval_expr = note
+if sys.argv[1] == "guarded":
     math_worker._prepare()
-for text in answers:
-    for question in ({"text": text}, {"text": text, "reference": "5"}, {"text": "\\\\boxed{5}", "reference": text}):
+evaluated = []
+for text in [*json.load(sys.stdin), "control"]:
+    seen.clear()
+    if text == "control" and sys.argv[1] == "alone":
+        sympy_parser.parse_expr("len(open.__doc__)")
+    for question in ({"text": text}, {"text": text, "reference": "5"}, {"text": "\\boxed{5}", "reference": text}):
         try:
             math_worker.answer(question)
-        except Exception as error:
+        except Exception:
             pass
-print("graded", len(answers))
+    evaluated.append([code for code in seen if "open" in code or "import" in code or "class" in code])
+print(json.dumps(evaluated))
 """
 
 
+def written(way: str, path: Path) -> list[str]:
+    return [way.format(call.format(path=path)) for call in CALLS]
+
+
+@pytest.mark.parametrize("mode", ["guarded", "alone"])
+def test_no_way_of_writing_an_answer_reaches_the_evaluator(mode: str, tmp_path: Path) -> None:
+    """Without the sandbox; "alone" is without the guard too, so that it is seen what the libraries pass on."""
+    texts = [text for way in PATHS.values() for text in written(way, tmp_path / "written")]
+    made = subprocess.run(
+        [sys.executable, "-c", _UNSANDBOXED, mode],
+        input=json.dumps(texts),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    *evaluated, control = json.loads(made.stdout)
+    assert [(text, codes) for text, codes in zip(texts, evaluated, strict=True) if codes] == []
+    assert bool(control) is (mode == "alone")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("way", PATHS.values(), ids=PATHS.keys())
-def test_no_way_of_writing_an_answer_reaches_the_evaluator(way: str, grader: MathGrader, tmp_path: Path) -> None:
-    texts = [way.format(call.format(path=tmp_path / "written")) for call in CALLS]
-    for text in texts:
-        assert not grader.equal(text, "5")
-        grader.extract(text)
-        assert not grader.equal("\\boxed{5}", text)
-    for mode in ("guarded", "alone"):
-        made = subprocess.run(
-            [sys.executable, "-c", _UNSANDBOXED, mode, *texts], stdout=subprocess.PIPE, text=True, check=True
-        )
-        assert made.stdout == f"graded {len(texts)}\n", mode
+def test_grading_goes_on_after_attacks(way: str, grader: MathGrader, tmp_path: Path) -> None:
+    for text in written(way, tmp_path / "written"):
+        assert isinstance(grader.equal(text, "5"), bool)
+        assert isinstance(grader.extract(text), str | None)
+        assert isinstance(grader.equal("\\boxed{5}", text), bool)
     assert list(tmp_path.iterdir()) == []
     assert grader.equal("\\boxed{5}", "5")
     assert not grader.equal("\\boxed{6}", "5")
