@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 MEMORY = 4 * 2**30
 """Bytes of address space."""
@@ -138,22 +139,63 @@ _READABLE = ("/usr", "/lib", "/lib64", "/etc", "/dev")
 """Of the system: libraries that modules load late, time zones and the like."""
 
 
-def enter(keep: Iterable[int] = ()) -> list[str]:
+def path_rules() -> int | None:
+    """Landlock's rules as an open file, which processes that this one forks pass on to `enter`; None without Landlock.
+
+    They are made once, for the modules that are there by then: it takes longer than a fork.
+    """
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    if version < 1:
+        return None
+    files = _LANDLOCK_ALL | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
+    network, scopes = 0b11 * (version >= 4), 0b11 * (version >= 6)
+    handled = (ctypes.c_uint64 * 3)(files, network, scopes)
+    size = 8 * (1 + (version >= 4) + (version >= 6))
+    rules: int = libc.syscall(_LANDLOCK_CREATE, handled, ctypes.c_size_t(size), ctypes.c_uint32(0))
+    if rules < 0:
+        return None
+    for path in _readable():
+        with suppress(OSError):
+            entry = os.open(path, os.O_PATH)
+            access = _READ_FILE | _READ_FOLDER if os.path.isdir(path) else _READ_FILE
+            rule = ctypes.create_string_buffer(struct.pack("=Qi", access, entry))
+            libc.syscall(_LANDLOCK_ADD, rules, ctypes.c_uint32(1), rule, ctypes.c_uint32(0))
+            os.close(entry)
+    return rules
+
+
+def _readable() -> set[str]:
+    """Where modules lie: those on the path, and packages that were found in another way."""
+    packages = [os.path.dirname(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+    libraries = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    paths = {*_READABLE, sys.prefix, sys.base_prefix, *sys.path, *packages, *libraries}
+    # All of it would be /proc too.
+    paths = {os.path.realpath(path) for path in paths if path} - {"/"}
+    return {path for path in paths if not any(str(above) in paths for above in Path(path).parents)}
+
+
+def enter(keep: Iterable[int] = (), rules: int | None = None) -> list[str]:
     """Gives up what this process may do beyond computing, reading modules, and writing to the files in `keep`.
 
-    Other files are closed, and the working folder is an empty one that is already deleted. Returns what the system
-    offers no means against, in words.
+    Other files are closed, and the working folder is an empty one that is already deleted. `rules` are those of
+    `path_rules`. Returns what the system offers no means against, in words.
     """
-    _close_others(keep)
+    _close_others((*keep, *([] if rules is None else [rules])))
     _leave_folder()
     _limit_resources()
     if sys.platform != "linux":
-        return ["writing files, starting processes and the network"]
+        return ["reading and writing files, starting processes and the network"]
     libc = ctypes.CDLL(None, use_errno=True)
     # Its parent may be killed while an answer is computed for ever.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    landlocked = _restrict_paths(libc)
+    landlocked = False
+    if rules is not None:
+        landlocked = libc.syscall(_LANDLOCK_RESTRICT, rules, ctypes.c_uint32(0)) == 0
+        os.close(rules)
     filtered = _filter_calls(libc)
     missing = []
     if not landlocked:
@@ -186,37 +228,6 @@ def _limit_resources() -> None:
     for name, limit in limits.items():
         with suppress(AttributeError, OSError, ValueError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-
-
-def _restrict_paths(libc: ctypes.CDLL) -> bool:
-    version = libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
-    if version < 1:
-        return False
-    files = _LANDLOCK_ALL | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
-    network, scopes = 0b11 * (version >= 4), 0b11 * (version >= 6)
-    rules = (ctypes.c_uint64 * 3)(files, network, scopes)
-    size = 8 * (1 + (version >= 4) + (version >= 6))
-    ruleset = libc.syscall(_LANDLOCK_CREATE, rules, ctypes.c_size_t(size), ctypes.c_uint32(0))
-    if ruleset < 0:
-        return False
-    for path in _readable():
-        with suppress(OSError):
-            entry = os.open(path, os.O_PATH)
-            access = _READ_FILE | _READ_FOLDER if os.path.isdir(path) else _READ_FILE
-            rule = ctypes.create_string_buffer(struct.pack("=Qi", access, entry))
-            libc.syscall(_LANDLOCK_ADD, ruleset, ctypes.c_uint32(1), rule, ctypes.c_uint32(0))
-            os.close(entry)
-    restricted = libc.syscall(_LANDLOCK_RESTRICT, ruleset, ctypes.c_uint32(0)) == 0
-    os.close(ruleset)
-    return restricted
-
-
-def _readable() -> set[str]:
-    """Where modules lie: those on the path, and packages that were found in another way."""
-    packages = [os.path.dirname(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
-    libraries = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    # All of it would be /proc too.
-    return {*_READABLE, sys.prefix, sys.base_prefix, *sys.path, *packages, *libraries} - {"", "/"}
 
 
 class _Instruction(ctypes.Structure):

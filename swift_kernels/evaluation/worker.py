@@ -222,18 +222,19 @@ def serve(answer: Callable[[Any], Any], prepare: Callable[[], object]) -> None:
     os.write(replies, b"\n")
     if not hasattr(os, "fork"):
         # The process ends after anything out of the ordinary, and the parent starts another, which takes seconds.
-        _serve(answer, questions, replies, bytearray(_TOKEN), first=True)
+        _serve(answer, questions, replies, bytearray(_TOKEN), sandbox.path_rules(), first=True)
         return
     # A fork shares what the collector does not touch.
     gc.collect()
     gc.freeze()
+    rules = sandbox.path_rules()
     asked, first = mmap.mmap(-1, _TOKEN), True  # shared: the question that a server is at, or that it has yet to start
     while True:
         asked[:] = _STARTING
         server = os.fork()
         if not server:
             with suppress(BaseException):
-                _serve(answer, questions, replies, asked, first)
+                _serve(answer, questions, replies, asked, rules, first)
             os._exit(0)
         status = os.waitpid(server, 0)[1]
         first = False
@@ -246,10 +247,15 @@ def serve(answer: Callable[[Any], Any], prepare: Callable[[], object]) -> None:
 
 
 def _serve(
-    answer: Callable[[Any], Any], questions: int, replies: int, asked: mmap.mmap | bytearray, first: bool
+    answer: Callable[[Any], Any],
+    questions: int,
+    replies: int,
+    asked: mmap.mmap | bytearray,
+    rules: int | None,
+    first: bool,
 ) -> None:
     """Answers questions until the first out of the ordinary, without rights."""
-    missing = sandbox.enter((questions, replies))
+    missing = sandbox.enter((questions, replies), rules)
     sys.dont_write_bytecode = True
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

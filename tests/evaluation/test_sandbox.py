@@ -17,7 +17,11 @@ from swift_kernels.evaluation.worker import Worker
 HERE = Path(__file__).parent
 LIMIT = 60.0
 
-_MISSING = "import json; from swift_kernels.evaluation import sandbox; print(json.dumps(sandbox.enter()))"
+_MISSING = """
+import json
+from swift_kernels.evaluation import sandbox
+print(json.dumps(sandbox.enter(rules=sandbox.path_rules())))
+"""
 
 HARM = {
     "writes a new file": "open(folder + '/new', 'w').write('x')",
