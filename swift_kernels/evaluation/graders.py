@@ -1,7 +1,7 @@
 """Grading mathematical answers with math-verify, each under a time limit and none able to raise.
 
 math-verify guards itself with an alarm signal, which works in the main thread alone and waits for a long operation in C
-to end. Grading therefore runs in a process of its own.
+to end. Grading therefore runs in a process of its own, which has no rights to do harm either.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class MathGrader(Worker):
 
     def extract(self, text: str) -> str | None:
         """The answer found in `text`, in a canonical form that equal answers mostly share, or None."""
-        return self.ask({"text": text})
+        found = self.ask({"text": text})
+        # The process may have been taken over: whatever it says that is no text is none.
+        return found if isinstance(found, str) else None
 
     def equal(self, text: str, reference: str) -> bool:
         """Whether the answer found in `text` equals `reference`, an answer in LaTeX or plain text.
@@ -34,4 +36,4 @@ class MathGrader(Worker):
         Units, bases and names of unknowns that only one of the two gives are taken as implied; if both give one, it
         must be the same. Tuples and intervals are ordered, lists and sets are not.
         """
-        return bool(self.ask({"text": text, "reference": reference}))
+        return self.ask({"text": text, "reference": reference}) is True

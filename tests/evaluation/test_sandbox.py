@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from swift_kernels.evaluation import sandbox
 from swift_kernels.evaluation.worker import Worker
 
 HERE = Path(__file__).parent
@@ -260,3 +261,94 @@ def test_what_a_system_offers_nothing_against_is_said(caplog: pytest.LogCaptureF
     caplog.clear()
     worker._tell_missing(())
     assert caplog.records == []
+
+
+_ONE_WALL = """
+import json, os, sys
+from swift_kernels.evaluation import sandbox
+if "no seccomp" in sys.argv:
+    sandbox._filter_calls = lambda libc: False
+rules = None if "no Landlock" in sys.argv else sandbox.path_rules()
+missing = sandbox.enter(rules=rules)
+print(json.dumps(missing), flush=True)
+try:
+    os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND), b"x")
+    print("written", flush=True)
+except OSError:
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ([], []),
+        (["no seccomp"], ["starting processes and the network"]),
+        (["no Landlock"], ["reading the user's files and the environment of other processes"]),
+        (
+            ["no seccomp", "no Landlock"],
+            [
+                "reading the user's files and the environment of other processes",
+                "starting processes and the network, and writing files",
+            ],
+        ),
+    ],
+    ids=["with both", "without seccomp", "without Landlock", "with neither"],
+)
+def test_each_wall_keeps_from_writing_and_what_is_missing_is_told(
+    missing: list[str], folder: Path, without: list[str], said: list[str]
+) -> None:
+    if missing:
+        pytest.skip(f"this system lacks one: {missing}")
+    command = [sys.executable, "-c", _ONE_WALL, str(folder / "kept"), *without]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    first, *rest = made.stdout.splitlines()
+    assert json.loads(first) == said
+    # With neither the size of files is limited still.
+    assert rest == []
+    assert (folder / "kept").read_text() == "kept"
+
+
+def verdict(program: list[tuple[int, int, int, int]], seen: dict[int, int]) -> int:
+    """What a filter says of a call: a value at each offset, 0 where none is given."""
+    at, value = 0, 0
+    while True:
+        code, yes, no, k = program[at]
+        at += 1
+        if code == sandbox._RETURN:
+            return k
+        if code == sandbox._LOAD:
+            value = seen.get(k, 0)
+        else:
+            assert code in (sandbox._EQUAL, sandbox._ANY_BIT)
+            at += yes if (value == k if code == sandbox._EQUAL else value & k) else no
+
+
+@pytest.mark.parametrize(("machine", "numbers"), sandbox._ARCHITECTURES.items(), ids=sandbox._ARCHITECTURES)
+def test_the_filter_of_each_machine(machine: str, numbers: tuple[int, int]) -> None:
+    column, architecture = numbers
+    program = sandbox._program(column, architecture)
+    assert all(max(yes, no) < 256 for _, yes, no, _ in program)
+
+    def of(call: int, *arguments: int, on: int = architecture) -> int:
+        halves = {16 + 4 * i: half for i, half in enumerate(arguments)}
+        return verdict(program, {0: call, 4: on, **halves})
+
+    allowed = [call[column] for call in sandbox._ALLOWED.values()]
+    assert len(set(allowed)) == len(allowed) - allowed.count(None) + bool(allowed.count(None))
+    assert all(of(call) == sandbox._ALLOW for call in allowed if call is not None)
+    others = {"x86_64": 0xC00000B7, "aarch64": 0xC000003E}
+    assert of(0, on=others[machine]) == sandbox._KILL
+    # The calls of x86_64 with short pointers have this bit.
+    assert of(0x40000000) == sandbox._KILL
+    openat, fcntl, limits = sandbox._OPENAT[column], sandbox._FCNTL[column], sandbox._PRLIMIT64[column]
+    assert of(openat, 0, 0, 0, 0, os.O_RDONLY | os.O_CLOEXEC) == sandbox._ALLOW
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_APPEND, 0o20000000):
+        assert of(openat, 0, 0, 0, 0, flags) == sandbox._KILL
+    assert [of(fcntl, 0, 0, command) == sandbox._ALLOW for command in (1, 2, 3, 1030, 4, 8, 10)] == [True] * 4 + [
+        False
+    ] * 3
+    assert of(limits) == sandbox._ALLOW
+    assert of(limits, 0, 0, 0, 0, 1) == of(limits, 0, 0, 0, 0, 0, 1) == sandbox._KILL
+    ending = {"x86_64": {"clone": 56, "execve": 59, "socket": 41, "kill": 62}, "aarch64": {"clone": 220, "execve": 221}}
+    assert all(of(call) == sandbox._KILL for call in ending[machine].values())
