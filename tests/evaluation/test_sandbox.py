@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,14 +90,14 @@ def child(request: pytest.FixtureRequest, missing: list[str]) -> Iterator[Worker
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where anybody may write."""
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.getuid() and parent != Path("/") and not parent.stat().st_mode & 0o1000:
-            parent.chmod(0o777)
-    (tmp_path / "kept").write_text("kept")
-    (tmp_path / "kept").chmod(0o666)
-    return tmp_path
+def folder() -> Iterator[Path]:
+    """Where anybody may write: pytest's own folders are this user's alone."""
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(made)
+        path.chmod(0o777)
+        (path / "kept").write_text("kept")
+        (path / "kept").chmod(0o666)
+        yield path
 
 
 @pytest.mark.parametrize("code", HARM.values(), ids=HARM.keys())
