@@ -13,7 +13,7 @@ import inspect
 import sys
 import textwrap
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -73,6 +73,11 @@ class _Reader:
 
     def value(self, found: Any, owner: type | None = None) -> None:
         """What a name stands for: an evaluator, a function to follow, or something plain."""
+        if isinstance(found, dict | list | tuple | set | frozenset):
+            for one in filter(callable, list(found.values() if isinstance(found, dict) else found)):
+                self.value(one)
+        if isinstance(found, partial):
+            found = found.func
         if isinstance(found, MethodType):
             found = found.__func__
         found = inspect.unwrap(found) if callable(found) else found
@@ -94,9 +99,9 @@ class _Reader:
             self._source(found, owner)
 
     def _source(self, found: Any, owner: type | None) -> None:
-        if (found, owner) in self._read:
+        if (id(found), owner) in self._read:
             return
-        self._read.add((found, owner))
+        self._read.add((id(found), owner))
         if isinstance(found, type):
             for name in ("__new__", "__init__", "__post_init__", "__call__"):
                 self.method(found, name)
@@ -160,9 +165,12 @@ class _Body(ast.NodeVisitor):
             return
         if node.attr in TEXT_METHODS or node.attr in EVALUATORS | {"score_answer"}:
             self._reader.found.add(f"unknown: .{node.attr} of something")
+        known, value = self._value(node.value)
         if self._is_self(node.value):
             assert self._owner is not None
             self._reader.method(self._owner, node.attr)
+        elif known and type(value).__module__.partition(".")[0] not in PLAIN_MODULES | {"builtins"}:
+            self._reader.method(type(value), node.attr)
         else:
             self._of_any_class(node.attr)
         self.visit(node.value)

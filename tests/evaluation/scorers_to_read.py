@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import builtins as b
+import functools
 import json
 import subprocess as sp
 from typing import Any
@@ -32,6 +33,21 @@ class Tool:
 
     def plain(self, text: str) -> int:
         return len(text)
+
+
+TABLE = {"a": helper}
+PARTIAL = functools.partial(eval)
+
+
+def _hidden() -> Any:
+    class Hidden:
+        def run(self, text: str) -> Any:
+            return eval(text)
+
+    return Hidden()
+
+
+TOOL_ELSEWHERE = _hidden()
 
 
 class Calls:
@@ -186,6 +202,21 @@ class Compiles:
         return compile(answer, "", "exec")
 
 
+class CallsOutOfATable:
+    def score_answer(self, answer: str, entry: Any) -> Any:
+        return TABLE[entry](answer)
+
+
+class CallsAPartialFunction:
+    def score_answer(self, answer: str, entry: Any) -> Any:
+        return PARTIAL(answer)
+
+
+class CallsAnInstanceOfAClassElsewhere:
+    def score_answer(self, answer: str, entry: Any) -> Any:
+        return TOOL_ELSEWHERE.run(answer)
+
+
 class Opens:
     def score_answer(self, answer: str, entry: Any) -> Any:
         return open(answer).read()
@@ -220,5 +251,6 @@ EXECUTING: list[type] = [
     *(CallsHelpers, CallsMethods, Inherits, Overrides, CallsSuper, UsesAnotherClass, HoldsAnotherClass, Delegates),
     *(ImportsInside, ImportsAnAliasInside, ParsesByAlias, ParsesByDots, ParsesByAnotherName, Simplifies, Shorthand),
     *(MakesAPolynomial, MakesAnEquation, StartsAProcess, Formats, Compiles, Opens, InALambda),
+    *(CallsOutOfATable, CallsAPartialFunction, CallsAnInstanceOfAClassElsewhere),
 ]
 PLAIN: list[type] = [Plain, PlainByHelpers, PlainBesideMethodsThatExecute]
