@@ -2,25 +2,30 @@
 
 The sources are compiled by a plain call of the C++ compiler. They see nothing of Python and little of torch, so
 neither ninja nor Python's headers are needed, and no lock is left behind by a build that was killed.
+
+What is loaded runs with all rights of this process. So a library of the cache is loaded only where nobody but this user
+and root could have put it there, and only as it was built: its checksum is the name of a file beside it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from swift_kernels.files import cache_folder
+from swift_kernels.files import cache_folder, make_private
 
 LIBRARY_NAME = "libswift_kernels.so"
 
@@ -55,8 +60,11 @@ def find_compiler() -> list[str]:
     raise BuildError("there is no C++ compiler; install g++ or clang++ (or name one in CXX), or a wheel with binaries")
 
 
-def compile_library(output: Path) -> None:
-    """Compiles `csrc/` into the shared library `output`, which appears complete or not at all."""
+def compile_library(output: Path, *, record: bool = False) -> None:
+    """Compiles `csrc/` into the shared library `output`, which appears complete or not at all.
+
+    With `record` its checksum is kept beside it.
+    """
     compiler = find_compiler()
     torch_root = Path(torch.__file__).parent
     sources = [source for source in _sources() if source.suffix == ".cpp"]
@@ -72,6 +80,10 @@ def compile_library(output: Path) -> None:
             library = Path(scratch, LIBRARY_NAME)
             link = ["-shared", *map(str, objects), f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-o", str(library)]
             _run_all([[*compiler, *link]])
+            library.chmod(library.stat().st_mode & ~0o022)  # whatever the umask is
+            if record:
+                # First, so that a library never lies there without: of two builds at once either checksum is right.
+                _checksum_file(output, _sha256(library.read_bytes())).touch(mode=0o644)
             # Processes that build at the same time replace one whole library by another.
             os.replace(library, output)
     except OSError as error:
@@ -96,15 +108,66 @@ def _load_shipped() -> Path | None:
 
 
 def _load_built() -> Path:
-    library = cache_folder() / _build_key() / LIBRARY_NAME
-    if not library.exists():
-        _logger.info("building the C++ kernels into %s; this happens once", library)
-        compile_library(library)
+    library = cache_folder().resolve() / _build_key() / LIBRARY_NAME
     try:
-        torch.ops.load_library(str(library))
+        make_private(library.parent)
     except OSError as error:
-        raise BuildError(f"{library} does not load ({error}); delete it to build it again") from error
+        raise BuildError(f"{library.parent} cannot be made ({error}); set SWIFT_KERNELS_CACHE to a folder") from error
+    for folder in (library.parent.parent, library.parent):
+        _check_trusted(folder, os.lstat(folder), stat.S_ISDIR)
+    if not _load_as_built(library):
+        _logger.info("building the C++ kernels into %s; this happens once", library)
+        compile_library(library, record=True)
+        if not _load_as_built(library):
+            raise BuildError(f"{library} is not as it was built; set SWIFT_KERNELS_CACHE to another folder")
     return library
+
+
+def _load_as_built(library: Path) -> bool:
+    """Loads the library, and no other that may lie there later; False where there is none or it is damaged.
+
+    A library that is shorter than it says ends a process that reads what it lacks.
+    """
+    try:
+        flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(library, flags)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise BuildError(f"{library} is not loaded: expected a file, no link ({error.strerror}); delete it") from None
+    with open(descriptor, "rb") as file:
+        _check_trusted(library, os.fstat(descriptor), stat.S_ISREG)
+        if not _checksum_file(library, _sha256(file.read())).exists():
+            return False
+        opened = Path(f"/proc/self/fd/{descriptor}")
+        try:
+            # Not by torch.ops.load_library, which looks for the name again.
+            ctypes.CDLL(str(opened if opened.exists() else library))
+        except OSError as error:
+            raise BuildError(f"{library} does not load ({error}); delete it to build it again") from error
+    return True
+
+
+def _check_trusted(path: Path, found: os.stat_result, kind: Callable[[int], bool]) -> None:
+    """Raises where others than this user and root own a file or folder, or may write to it, or it is another kind."""
+    if os.name == "nt":  # which has no such owners and modes
+        return
+    user, mode = os.geteuid(), stat.filemode(found.st_mode)
+    if kind(found.st_mode) and found.st_uid in (user, 0) and not found.st_mode & 0o022:
+        return
+    raise BuildError(
+        f"{path} is not trusted: it is {mode} of user {found.st_uid}, and what is loaded from the cache must belong to "
+        f"user {user} or root, be no link, and be writable for nobody else; delete it, `chmod go-w` it, or set "
+        "SWIFT_KERNELS_CACHE to a folder of your own"
+    )
+
+
+def _checksum_file(library: Path, sha256: str) -> Path:
+    return library.with_name(f"{library.name}.{sha256}")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _build_key() -> str:

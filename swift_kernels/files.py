@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.0
 """Seconds that a writer waits for who removes leftovers."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class BusyError(ValueError):
+    """A file or folder that another process is writing."""
 
 
 @contextmanager
@@ -115,6 +122,66 @@ def _locked(folder: Path, alone: bool = False) -> Iterator[bool]:
             os.close(descriptor)
 
 
+@contextmanager
+def alone(path: str | os.PathLike[str], *, folder: bool = False) -> Iterator[None]:
+    """Keeps other processes off a file, or a folder, that is written bit by bit; raises where one has it.
+
+    The lock is on a file of its own, as the output may be replaced: in the folder, which is made where there is none,
+    or beside the file. The system unlocks it when a process ends, however it does. Where the system has no locks, or
+    the place of the lock may not be written, nobody is kept off.
+
+    Raises:
+        BusyError: another process is writing it.
+    """
+    target = Path(path).resolve()
+    home = target if folder else target.parent
+    lock = home / (".swift-kernels.lock" if folder else f".{target.name}.swift-kernels.lock")
+    made = not home.exists()
+    descriptor = _lock_file(lock, path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            # While it is locked: who opened it meanwhile sees that it is not the one in the folder, and tries again.
+            with suppress(OSError):
+                lock.unlink()
+            os.close(descriptor)
+            if made:
+                with suppress(OSError):  # it holds something now
+                    home.rmdir()
+
+
+def _lock_file(lock: Path, path: str | os.PathLike[str]) -> int | None:
+    try:
+        import fcntl  # Windows has none
+    except ImportError:
+        return None
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # the folder was removed by who had it
+            continue
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BusyError(
+                f"{path} is being written by another process: wait until that has ended, or give another --output or "
+                "--store"
+            ) from None
+        except FileNotFoundError:  # it was removed after it was opened
+            pass
+        except OSError:
+            os.close(descriptor)
+            return None
+        os.close(descriptor)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replaces the content of `path` by `text`, or leaves it as it was."""
     with replacing(path) as temporary:
@@ -142,8 +209,56 @@ def whole_lines(path: Path) -> tuple[list[bytes], int]:
     return data[:end].split(b"\n")[:-1], end
 
 
+def parse_json(text: str) -> Any:
+    """What JSON text says, of whole characters.
+
+    Raises:
+        ValueError: what is wrong with it; the caller says where it stands.
+    """
+    try:
+        value = json.loads(text)
+        if _SURROGATE.search(text):  # halves of one character are put together by now
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"it holds {half}, half a character (a lone surrogate): expected whole characters") from None
+    except (ValueError, RecursionError) as error:  # not only its own: Python refuses integers of 4,301 digits
+        raise ValueError(f"not JSON ({' '.join(str(error).split())})") from None
+    return value
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for every half of a character, which no file and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return whole_characters(json.dumps(row, ensure_ascii=False, separators=(",", ":"))).encode() + b"\n"
+
+
+def other_content(path: Path, header: dict[str, Any], command: str) -> str | None:
+    """None where a file without a whole line is empty or begins as the header; otherwise why it is not written over."""
+    data, line = path.read_bytes(), _line(header)
+    torn = line.startswith(data)
+    # A header of other settings is ours too, but not what follows one that has lost its end of line.
+    if not torn and data.startswith(line[: line.index(b",")]):
+        try:
+            json.JSONDecoder().raw_decode(data.decode(errors="replace"))
+        except (ValueError, RecursionError):
+            torn = True
+    if torn:
+        return None
+    return (
+        f"{path} holds {len(data):,} bytes of something else: expected a file of `swift-kernels {command}`, which is "
+        "continued, or none; it was left as it is, give another --output"
+    )
+
+
 class AppendedLines:
-    """Appends JSON lines to a file, each whole or not at all; of what was there it keeps the first `end` bytes."""
+    """Appends JSON lines to a file, each whole or not at all; of what was there it keeps the first `end` bytes.
+
+    What of a line are halves of characters, which a model's tokenizer may make, is written as U+FFFD.
+    """
 
     def __init__(self, path: Path, end: int = 0) -> None:
         self._end = end
@@ -153,7 +268,7 @@ class AppendedLines:
         os.ftruncate(self._descriptor, end)
 
     def write(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        line = _line(row)
         os.lseek(self._descriptor, self._end, os.SEEK_SET)
         try:
             written = 0
@@ -168,7 +283,7 @@ class AppendedLines:
         os.close(self._descriptor)
 
 
-def other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> str | None:
+def other_settings(path: Path, there: dict[str, Any], here: dict[str, Any], kind: str = "file") -> str | None:
     """None, or how the settings that a file was made with differ from those of now; compared as JSON reads them."""
     different = _first_difference(there, json.loads(json.dumps(here)))
     if different is None:
@@ -176,7 +291,7 @@ def other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> s
     key, old, new = different
     return (
         f"{path} was made with other settings: {key} is {_short(old)} there and {_short(new)} here; use the same "
-        "settings to continue it, or another file"
+        f"settings to continue it, or another {kind}"
     )
 
 
@@ -202,7 +317,20 @@ def _short(value: Any) -> str:
 
 
 def cache_folder() -> Path:
-    """Where built kernels and converted models are kept: `$SWIFT_KERNELS_CACHE`, or a folder in the user's cache."""
-    if folder := os.environ.get("SWIFT_KERNELS_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift_kernels"
+    """Where built kernels and converted models are kept: `$SWIFT_KERNELS_CACHE`, or a folder in the user's cache.
+
+    It is made where there is none, so that only this user may write there, whatever the umask is.
+    """
+    named = os.environ.get("SWIFT_KERNELS_CACHE")
+    folder = (
+        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift_kernels"
+    )
+    with suppress(OSError):  # said by who writes there
+        make_private(folder)
+    return folder
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder, where there is none, in which nobody else may write."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, exist_ok=True)

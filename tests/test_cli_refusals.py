@@ -22,6 +22,7 @@ from swift_kernels import SwiftHead
 from swift_kernels.cli import main
 from swift_kernels.evaluation.tasks import Sums
 from swift_kernels.training import generation
+from swift_kernels.training.store import sealed
 from tests import tiny
 from tests.commands import assert_refused, rollout_args, run
 from tests.evaluation.task_data import FIXTURES
@@ -81,7 +82,8 @@ class Place:
         save_file(tensors, shard)
         record = json.loads((self.store / "00000.json").read_text())
         record |= {"nbytes": shard.stat().st_size, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
-        (self.store / "00000.json").write_text(json.dumps(record))
+        del record["digest"]
+        (self.store / "00000.json").write_text(json.dumps(sealed(record)))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,8 @@ def share_problem(*, mirrored: bool) -> Callable[[Place], None]:
 def of_other_model(place: Place) -> None:
     header = json.loads((place.store / "store.json").read_text())
     header["model"] |= {"name": "other", "embedding_values": [0.5] * 64}
-    (place.store / "store.json").write_text(json.dumps(header))
+    del header["digest"]
+    (place.store / "store.json").write_text(json.dumps(sealed(header)))
 
 
 def other_answer(place: Place) -> None:

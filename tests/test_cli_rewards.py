@@ -219,7 +219,7 @@ def test_refusals(
         "no rollout header": args(whole, llama, new),
         "--batch-size is 0: expected at least 1": args(rollouts, llama, new, "--batch-size", "0"),
         "is a folder: expected a file": args(rollouts, llama, tmp_path),
-        "is the file of the rollouts": args(rollouts, llama, rollouts),
+        "is what is read: expected another file": args(rollouts, llama, rollouts),
         "--dtype is 'int8'": args(rollouts, llama, new, "--dtype", "int8"),
         "reward_model is tiny-reward there and tiny-bert here": args(rollouts, bert, whole, "--label", "1"),
         'dtype is "float32" there and "bfloat16" here': args(rollouts, llama, whole, "--dtype", "bfloat16"),

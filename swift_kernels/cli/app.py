@@ -65,7 +65,7 @@ def rollout(
     from swift_kernels import processes
     from swift_kernels.cli import render
     from swift_kernels.evaluation.tasks import check_generates, get_task
-    from swift_kernels.training.collection import Job, collect_rollouts, largest_store
+    from swift_kernels.training.collection import Job, collect_rollouts, keeping, largest_store
     from swift_kernels.training.generation import Sampling, settings
     from swift_kernels.training.rollouts import read
     from swift_kernels.training.store import make_layout
@@ -81,6 +81,9 @@ def rollout(
     wanted = chosen.problems(split, problems, seed)
     chat = chosen.chat if chat is None else chat
     group = processes.join(device)
+    if group.is_first:
+        with keeping(output):
+            pass  # who has it says so before a model is loaded
     lm, tokenizer = _load_model(model, device, dtype)
     header = settings(lm, chosen, sampling, split=split, chat=chat)
     layout = None if store is None else make_layout(lm, _parse_sources(store_layers), store_dtype, sketch)
@@ -355,8 +358,8 @@ def score(
     from swift_kernels.cli.scoring import read_answers, score_lines
 
     _at_least("--batch-size", batch_size, 1)
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
+    if output is not None:
+        files.check_replaceable(output, file)
     rows = read_answers(file)
     lm, tokenizer = _load_model(model, device, dtype)
     reward_head = _load_head(head, lm, allow_mismatch)

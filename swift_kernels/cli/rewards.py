@@ -25,6 +25,7 @@ def reward(
 
     An interrupted run goes on where it was.
     """
+    from swift_kernels import files
     from swift_kernels.cli import render
     from swift_kernels.cli.app import _at_least, _check_placement
     from swift_kernels.evaluation.rewards import RewardWriter, read_rewards
@@ -32,19 +33,17 @@ def reward(
     from swift_kernels.training.rollouts import read
 
     _at_least("--batch-size", batch_size, 1)
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: expected a file")
+    files.check_replaceable(output, rollouts)
     file = read(rollouts)
-    if output.exists() and output.samefile(rollouts):
-        raise ValueError(f"--output {output} is the file of the rollouts: expected another one")
     chosen = _check_placement(device, dtype)
-    model = load_reward_model(reward_model, label=label, dtype=chosen, device=device)
-    made = {key: value for key, value in file.header.items() if key not in ("format", "version")}
-    with RewardWriter(output, {**model.settings(), "rollouts": made}, file.rollouts) as writer:
-        if writer.done:
-            render.note(f"{output}: continuing after {len(writer.done)} problems")
-        with render.progress("reward", len(file.rollouts)) as update:
-            reward_rollouts(model, file.rollouts, writer, batch_size, update)
+    with files.alone(output):
+        model = load_reward_model(reward_model, label=label, dtype=chosen, device=device)
+        made = {key: value for key, value in file.header.items() if key not in ("format", "version")}
+        with RewardWriter(output, {**model.settings(), "rollouts": made}, file.rollouts) as writer:
+            if writer.done:
+                render.note(f"{output}: continuing after {len(writer.done)} problems")
+            with render.progress("reward", len(file.rollouts)) as update:
+                reward_rollouts(model, file.rollouts, writer, batch_size, update)
     result = read_rewards(output, file.rollouts)
     for line in result.notes:
         render.note(line)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from swift_kernels.evaluation.tasks import parse_object, read_jsonl
-from swift_kernels.files import AppendedLines, other_settings, whole_lines
+from swift_kernels.files import AppendedLines, other_content, other_settings, whole_lines
 from swift_kernels.training.rollouts import Rollout
 
 FORMAT = "swift_kernels.rewards"
@@ -123,7 +124,8 @@ def read_rewards(path: str | Path, rollouts: Sequence[Rollout], column: str = CO
 class RewardWriter:
     """Appends the rewards of rollouts to a file, each line whole or not at all.
 
-    A torn last line, left by a killed run, is dropped. A file made with other settings or of other answers is refused.
+    A torn last line, left by a killed run, is dropped. A file made with other settings, of other answers or of
+    something else is refused. Where several processes may come to one file, `files.alone` keeps all but one off.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
@@ -132,12 +134,11 @@ class RewardWriter:
         by_id = {rollout.id: rollout for rollout in rollouts}
         places: dict[str, str] = {}
         lines, end = whole_lines(self.path) if self.path.exists() else ([], 0)
+        if not end and self.path.exists() and (refusal := other_content(self.path, header, "reward")):
+            raise RewardFileError(refusal)
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
-            try:
-                row = parse_object(line.decode(), place)
-            except UnicodeDecodeError:
-                raise RewardFileError(f"{place}: not UTF-8 text") from None
+            row = parse_object(line, place)
             if number == 1:
                 if difference := other_settings(self.path, _check_header(row, place), header):
                     raise RewardFileError(difference)
@@ -188,6 +189,7 @@ def _check_header(row: dict[str, Any], place: str) -> dict[str, Any]:
         not isinstance(model, dict)
         or not isinstance(model.get("name"), str)
         or type(model.get("parameters")) is not int
+        or not 0 <= model["parameters"] <= sys.float_info.max
         or not isinstance(row.get("device"), str)
     ):
         raise RewardFileError(f"{place}: the header is damaged: expected reward_model with name, parameters; device")
@@ -236,7 +238,7 @@ def _cost(row: dict[str, Any], place: str) -> dict[str, Any]:
     row = {"unreadable": 0, **row}  # which earlier versions did not write: they stopped there
     for key in ("seconds", "tokens", "flops", "answers", "too_long", "unreadable"):
         kinds = (int, float) if key == "seconds" else (int,)
-        if type(row.get(key)) not in kinds or not 0 <= row[key] < math.inf:
+        if type(row.get(key)) not in kinds or not 0 <= row[key] <= sys.float_info.max:
             raise RewardFileError(f"{place}: {key} is {row.get(key)!r}: expected a number of at least 0")
     return row
 

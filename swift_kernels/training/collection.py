@@ -2,13 +2,18 @@
 
 Problems are generated in units of as many as fit a batch. A unit is the same problems in every run, however often it
 was interrupted and whoever computes it: what it holds does not depend on that to the last bit. Its shard is written
-before its rollouts, and a unit counts as done when it has both.
+after its rollouts, and a unit counts as done when it has both: a shard of answers that are in no rollout file here is
+another job's, and stays.
+
+One job writes a file or a store at a time: the first of its processes keeps those of other jobs off.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +23,7 @@ from torch import Tensor
 
 from swift_kernels import features
 from swift_kernels.evaluation.tasks import Problem, Task, timeouts
-from swift_kernels.files import replacing
+from swift_kernels.files import alone, check_replaceable, replacing
 from swift_kernels.fingerprint import fingerprint
 from swift_kernels.head import HeadConfig
 from swift_kernels.integrations.compatibility import eos_token_ids
@@ -27,11 +32,11 @@ from swift_kernels.processes import Processes
 from swift_kernels.progress import Update
 from swift_kernels.training import sketch as sketches
 from swift_kernels.training import store as stores
-from swift_kernels.training.generation import Sampling, generate_together
+from swift_kernels.training.generation import Sampling, check_prompts, generate_together
 from swift_kernels.training.recording import Recorder, distinct_places
-from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutWriter
+from swift_kernels.training.rollouts import Rollout, RolloutError, RolloutWriter, read_begun
 from swift_kernels.training.sketch import Sketch
-from swift_kernels.training.store import Layout, ShardProblem, StoreWriter, digest
+from swift_kernels.training.store import Layout, ShardProblem, StoreError, StoreWriter, digest
 
 Notes = Callable[[str], None]
 
@@ -68,25 +73,55 @@ class Job:
         return {f"{start:05d}": self.problems[start : start + size] for start in range(0, len(self.problems), size)}
 
 
-@torch.no_grad()
 def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes) -> int:
     """Generates what is missing of a job; returns how many problems were there before.
 
     Each process writes a file of its own; the first one puts them together at the end.
+
+    Raises:
+        BusyError: another job writes the same file or store.
     """
+    with ExitStack() as held:
+        if processes.is_first:
+            held.enter_context(keeping(job.output))
+        # Those of a job that was killed have let go of their files, or the first one has raised.
+        processes.wait()
+        if not processes.is_first:
+            held.enter_context(alone(part_of(job.output, processes.rank)))
+        if job.store is not None:
+            _check_space(job)
+            if processes.is_first:
+                held.enter_context(alone(job.store, folder=True))
+        return _collect(job, processes, update, note)
+
+
+@contextmanager
+def keeping(output: Path) -> Iterator[None]:
+    """Keeps other jobs off a rollout file; raises where one has it, or a process of one is still at work."""
+    check_replaceable(output)
+    with alone(output):
+        for path in _files(output):
+            if path != output:
+                with alone(path):
+                    pass
+        yield
+
+
+@torch.no_grad()
+def _collect(job: Job, processes: Processes, update: Update, note: Notes) -> int:
     known = _known(job)
     _check_same(job, known)
+    unknown = [problem for problem in job.problems if problem.id not in known]
+    check_prompts(job.model, job.tokenizer, job.task, unknown, job.sampling, chat=job.chat)
     given_up = timeouts(job.task)
-    if job.store is not None:
-        _check_space(job)
-    store = _open_store(job, processes, note)
+    store = _open_store(job, known, processes, note)
+    stored = {} if store is None else stores.problems_of(store.path)
     missing = {
         name: problems
         for name, problems in job.units().items()
-        if any(problem.id not in known for problem in problems)
-        or (job.store is not None and not _has_shard(job, name, problems))
+        if any(problem.id not in known or (store is not None and problem.id not in stored) for problem in problems)
     }
-    before = len(job.problems) - sum(problem.id not in known for problem in job.problems)
+    before = len(job.problems) - len(unknown)
     if before and processes.is_first:
         note(f"{job.output}: continuing after {before} problems")
     # Everybody has looked before anybody writes.
@@ -98,12 +133,16 @@ def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes
     with RolloutWriter(path, job.header) as writer:
         try:
             for name, problems in list(missing.items())[processes.rank :: processes.count]:
-                rollouts = _collect_unit(job, store, name, problems, known, note)
+                rollouts, recorded = _generate_unit(job, store, name, problems, known, stored, note)
                 for rollout in rollouts:
                     if rollout.id not in known:
                         writer.write(rollout)
                     right += sum(candidate.correct for candidate in rollout.candidates)
                     total += len(rollout.candidates)
+                if store is not None and recorded:
+                    store.write(
+                        name, [problem for problem, _ in recorded], [own for _, every in recorded for own in every]
+                    )
                 done += len(problems) * processes.count
                 update(min(done, len(job.problems)), f"{right / total:.0%} right")
         except KeyboardInterrupt:
@@ -118,26 +157,37 @@ def collect_rollouts(job: Job, processes: Processes, update: Update, note: Notes
     return before
 
 
-def _collect_unit(
+def _generate_unit(
     job: Job,
     store: StoreWriter | None,
     name: str,
     problems: Sequence[Problem],
     known: dict[str, Rollout],
+    stored: dict[str, ShardProblem],
     note: Notes,
-) -> list[Rollout]:
-    """Generates a unit, writes its shard, and returns its rollouts."""
+) -> tuple[list[Rollout], list[tuple[ShardProblem, list[Tensor]]]]:
+    """The rollouts of a unit, and what its shard lacks: the problems of it that are in no shard."""
     recorder = None if store is None else Recorder(job.model, store.layout, store.sketch)
     arguments = (job.model, job.tokenizer, job.task, problems, job.sampling)
     rollouts, recorded = generate_together(*arguments, chat=job.chat, recorder=recorder, note=note)
     if store is not None:
         kept = [known.get(rollout.id, rollout) for rollout in rollouts]
+        _check_stored(job, kept, stored)
         if [_answers(rollout) for rollout in kept] != [_answers(rollout) for rollout in rollouts]:
             note(f"{job.store}: shard {name} is computed from answers that were generated in other batches")
             recorded = [_teacher_forced(job, store, rollout) for rollout in kept]
-        responses = [response for _, own in recorded for response in own]
-        store.write(name, [problem for problem, _ in recorded], responses)
-    return rollouts
+        recorded = [(problem, responses) for problem, responses in recorded if problem.id not in stored]
+    return rollouts, recorded
+
+
+def _check_stored(job: Job, rollouts: Sequence[Rollout], stored: dict[str, ShardProblem]) -> None:
+    """Raises where a store holds the activations of other answers to one of these problems."""
+    for rollout in rollouts:
+        if rollout.id in stored and stored[rollout.id].digest != digest(_answers(rollout)):
+            raise StoreError(
+                f"{job.store} holds the activations of other answers to problem {rollout.id!r} than those of "
+                f"{job.output}: continue with the file that it was written with, or give another --store"
+            )
 
 
 def part_of(output: Path, rank: int) -> Path:
@@ -147,15 +197,16 @@ def part_of(output: Path, rank: int) -> Path:
 
 def _files(output: Path) -> list[Path]:
     """The rollout file and those of processes that did not come to put them together."""
-    return [path for path in (output, *sorted(output.parent.glob(f"{output.name}.part[0-9]*"))) if path.exists()]
+    part = re.compile(re.escape(output.name) + r"\.part\d+")
+    parts = sorted(path for path in output.parent.glob("*.part*") if part.fullmatch(path.name))
+    return [path for path in (output, *parts) if path.exists()]
 
 
 def _known(job: Job) -> dict[str, Rollout]:
     """The rollouts that are there, in whichever file; each file is held against the job's settings."""
     known: dict[str, Rollout] = {}
     for path in _files(job.output):
-        with RolloutWriter(path, job.header) as writer:
-            known |= {rollout.id: rollout for rollout in writer.rollouts}
+        known |= {rollout.id: rollout for rollout in read_begun(path, job.header)[0]}
     return known
 
 
@@ -187,32 +238,51 @@ def _put_together(job: Job) -> None:
             path.unlink()
 
 
-def _open_store(job: Job, processes: Processes, note: Notes) -> StoreWriter | None:
+def _open_store(job: Job, known: dict[str, Rollout], processes: Processes, note: Notes) -> StoreWriter | None:
     if job.store is None or job.layout is None:
         return None
     model = fingerprint(job.model)
+    settings = {key: value for key, value in job.header.items() if key != "model"}
     if processes.is_first:
         # Settings are compared before anything is computed for the sketch.
         fresh = not (job.store / stores.HEADER_NAME).exists()
-        StoreWriter(job.store, job.layout, model, make_sketch(job) if fresh else None)
+        StoreWriter(job.store, job.layout, model, make_sketch(job) if fresh else None, settings)
         if job.layout.sketch is not None:
             stores.begun_sketch(job.store, job.sketch_of, job.layout)
         for line in stores.drop_damaged(job.store):
             note(line)
-        units = {name: [problem.id for problem in problems] for name, problems in job.units().items()}
-        wanted = {problem.id for problem in job.problems}
-        for shard in stores.shards_of(job.store):
-            # Of fewer problems, or of other batches: a problem must not be in two shards.
-            if units.get(shard.name) != shard.ids and not wanted.isdisjoint(shard.ids):
-                (job.store / f"{shard.name}.json").unlink()
+        _drop_outgrown(job, known)
     processes.wait()
-    sketch = None if job.layout.sketch is None else Sketch.load(job.store / stores.SKETCH_NAME)
-    return StoreWriter(job.store, job.layout, model, sketch)
+    sketch = None if job.layout.sketch is None else stores.read_sketch(job.store)
+    return StoreWriter(job.store, job.layout, model, sketch, settings)
 
 
-def _has_shard(job: Job, name: str, problems: Sequence[Problem]) -> bool:
-    record = job.store / f"{name}.json" if job.store else Path()
-    return record.exists() and stores.read_shard(record).ids == [problem.id for problem in problems]
+def _drop_outgrown(job: Job, known: dict[str, Rollout]) -> None:
+    """Removes the records of shards whose names are needed for more problems than they hold, which are then made anew.
+
+    Raises:
+        StoreError: such a shard holds what this job could not make again, or the store is of other answers.
+    """
+    assert job.store is not None
+    stored = stores.problems_of(job.store)
+    _check_stored(job, list(known.values()), stored)
+    units = job.units()
+    wanted = {problem.id for problem in job.problems}
+    shards = {shard.name: shard for shard in stores.shards_of(job.store)}
+    outgrown = []
+    # What one shard no longer holds, another unit may need.
+    while short := [name for name in shards if any(problem.id not in stored for problem in units.get(name, ()))]:
+        for shard in map(shards.pop, short):
+            if lost := [identity for identity in shard.ids if identity not in known or identity not in wanted]:
+                raise StoreError(
+                    f"{job.store}: shard {shard.name} holds problem {lost[0]!r}, which is not among those of this run, "
+                    f"or not in {job.output}, and would be lost: continue with the file and the problems that it was "
+                    "written with, or give another --store"
+                )
+            outgrown.append(shard.name)
+            stored = {identity: problem for identity, problem in stored.items() if identity not in shard.ids}
+    for name in outgrown:
+        (job.store / f"{name}.json").unlink()
 
 
 def make_sketch(job: Job) -> Sketch | None:

@@ -16,8 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from swift_kernels.evaluation.tasks import Problem, Task, timeouts
 from swift_kernels.evaluation.worker import WorkerError
+from swift_kernels.files import whole_characters
 from swift_kernels.hub import first_line
-from swift_kernels.integrations.compatibility import check_context, eos_token_ids
+from swift_kernels.integrations.compatibility import check_context, check_token_ids, eos_token_ids
 from swift_kernels.training.recording import Recorder
 from swift_kernels.training.rollouts import Confidence, Response, Rollout, encode_prompt
 from swift_kernels.training.store import ShardProblem
@@ -68,6 +69,33 @@ def settings(model: nn.Module, task: Task, sampling: Sampling, *, split: str, ch
         "stop": list(task.stop),
         "sampling": asdict(sampling),
     }
+
+
+def check_prompts(
+    model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem], sampling: Sampling, *, chat: bool
+) -> None:
+    """Raises, before anything is generated, where a problem's prompt is one that the model cannot be given.
+
+    Raises:
+        ValueError: with the place of the problem: its prompt is no text for the tokenizer, has no token or one that
+            the model lacks, or leaves no room in the context for an answer as long as it may get.
+    """
+    for problem in problems:
+        what = problem.place or f"{task.name}, problem {problem.id!r}"
+        try:
+            ids = encode_prompt(tokenizer, task.prompt(problem.question), chat=chat)
+            if not ids:
+                raise ValueError("the prompt is empty: expected at least one token")
+            check_token_ids(model, ids, "the prompt")
+            check_context(model, len(ids) + 1, "the prompt, with one token of an answer,")
+            check_context(
+                model, len(ids) + sampling.max_new_tokens, f"the prompt, with {sampling.max_new_tokens} of an answer,"
+            )
+        except Exception as error:  # templates and tokenizers have errors of their own
+            raise ValueError(
+                f"{what}: {first_line(error)}; mend the problem or leave it out, or let answers be shorter "
+                "(--max-new-tokens)"
+            ) from None
 
 
 @torch.no_grad()
@@ -149,7 +177,8 @@ def grade(
     responses = []
     errors = []
     for token_ids, finished in answers:
-        text = cut_at_stop(tokenizer.decode(token_ids, skip_special_tokens=True), task.stop)
+        # What a grader reads is what the file will hold.
+        text = whole_characters(cut_at_stop(tokenizer.decode(token_ids, skip_special_tokens=True), task.stop))
         try:
             before = timeouts(task)
             correct = task.grade(text, problem)

@@ -6,15 +6,14 @@ that was killed continues where it stopped. Files of the authors' code are read 
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swift_kernels.evaluation.tasks import parse_object
-from swift_kernels.files import AppendedLines, other_settings, whole_lines
+from swift_kernels.files import AppendedLines, other_content, other_settings, parse_json, whole_lines
 
 FORMAT = "swift_kernels.rollouts"
 FORMAT_VERSION = 1
@@ -113,22 +112,15 @@ def read(path: str | Path) -> RolloutFile:
 class RolloutWriter:
     """Appends rollouts to a file, each line whole or not at all, and knows which problems it already holds.
 
-    `rollouts` are those that it held when it was opened.
-
-    A torn last line, left by a killed run, is dropped. A file made with other settings is refused.
+    A torn last line, left by a killed run, is dropped. A file made with other settings, or of something else, is
+    refused. Where several processes may come to one file, `files.alone` keeps all but one off.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
         self.path = Path(path)
+        rollouts, end = read_begun(self.path, header)
         header = {"format": FORMAT, "version": FORMAT_VERSION, **header}
-        self.rollouts: list[Rollout] = []
-        end = 0
-        if self.path.exists() and b"\n" in self.path.read_bytes():
-            content, end = _read_own(self.path)
-            if difference := other_settings(self.path, content.header, header):
-                raise RolloutError(difference)
-            self.rollouts = content.rollouts
-        self.done = {rollout.id for rollout in self.rollouts}
+        self.done = {rollout.id for rollout in rollouts}
         self._lines = AppendedLines(self.path, end)
         if not end:
             self._lines.write(header)
@@ -145,6 +137,25 @@ class RolloutWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def read_begun(path: Path, header: dict[str, Any]) -> tuple[list[Rollout], int]:
+    """The rollouts of a file that may be continued with this header, and where its last whole line ends.
+
+    Raises:
+        RolloutError: it was made with other settings, or is no rollout file.
+    """
+    header = {"format": FORMAT, "version": FORMAT_VERSION, **header}
+    if not path.exists():
+        return [], 0
+    if not whole_lines(path)[1]:
+        if refusal := other_content(path, header, "rollout"):
+            raise RolloutError(refusal)
+        return [], 0
+    content, end = _read_own(path)
+    if difference := other_settings(path, content.header, header):
+        raise RolloutError(difference)
+    return content.rollouts, end
 
 
 def to_dict(rollout: Rollout) -> dict[str, Any]:
@@ -165,13 +176,13 @@ def _read_own(path: Path) -> tuple[RolloutFile, int]:
     for number, raw in enumerate(lines, start=1):
         place = f"{path}:{number}"
         try:
-            row = parse_object(raw.decode(), place)
+            row = parse_object(raw, place)
             if number == 1:
                 header = _check_header(row, place)
                 continue
             rollout = _rollout(row)
-        except UnicodeDecodeError:
-            raise RolloutError(f"{place}: not UTF-8 text") from None
+        except ValueError as error:
+            raise RolloutError(str(error)) from None
         except (KeyError, TypeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise RolloutError(f"{place}: not a problem with its candidates: {what}") from None
@@ -188,6 +199,11 @@ def _check_header(row: dict[str, Any], place: str) -> dict[str, Any]:
         raise RolloutError(f"{place}: no rollout header: expected a file written by `swift-kernels rollout`")
     if row.get("version") != FORMAT_VERSION:
         raise RolloutError(f"{place}: format version {row.get('version')}: this version reads {FORMAT_VERSION}")
+    for name, kind in {"task": str, "split": str, "model": dict, "sampling": dict}.items():
+        if name in row and not isinstance(row[name], kind):
+            raise RolloutError(f"{place}: the header is damaged: {name} is {row[name]!r}: expected {kind.__name__}")
+    if not isinstance(row.get("model", {"name": ""}).get("name"), str):
+        raise RolloutError(f"{place}: the header is damaged: the model has no name")
     return row
 
 
@@ -224,13 +240,17 @@ def _confidence(value: Any, token_ids: list[int] | None) -> Confidence | None:
     lists = {name: _typed(value, dict, "confidence")[name] for name in ("logprobs", "entropies", "self_certainties")}
     for name, numbers in lists.items():
         # JSON as Python reads it has NaN and infinity, which the mean of an answer would be too.
-        if not isinstance(numbers, list) or any(type(n) not in (int, float) or not abs(n) < math.inf for n in numbers):
+        if not isinstance(numbers, list) or not all(map(_is_finite, numbers)):
             raise TypeError(f"confidence: {name} is not a list of numbers")
         if len(numbers) != len(token_ids or ()):
             raise TypeError(
                 f"confidence: {name} has {len(numbers)} numbers for {len(token_ids or ())} token ids: expected one each"
             )
     return Confidence(**lists)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
@@ -242,7 +262,7 @@ def _typed(value: Any, kind: type, name: str) -> Any:
 def _token_ids(value: Any, name: str) -> list[int] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
+    if not isinstance(value, list) or any(type(token) is not int or not 0 <= token < 2**31 for token in value):
         raise TypeError(f"{name} is not a list of token ids")
     return value
 
@@ -250,15 +270,17 @@ def _token_ids(value: Any, name: str) -> list[int] | None:
 def _read_upstream(path: Path) -> RolloutFile:
     """Train files hold a problem an entry with all its completions, test files one completion an entry."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RolloutError(f"{path} is not JSON, is it truncated? {error}") from None
+        rows = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RolloutError(f"{path} is not JSON that can be read, is it truncated? {error}") from None
     problems: dict[str, Rollout] = {}
     for index, row in enumerate(rows):
         try:
             train = "completions" in row
-            texts = row["completions"] if train else [row["response"]]
+            texts = _typed(row["completions"], list, "completions") if train else [row["response"]]
             grades = row["correctness"] if train else [row["correctness"]]
+            if any(type(grade) not in (bool, int) for grade in _typed(grades, list, "correctness")):
+                raise TypeError("correctness is not true or false for every answer")
             answers = [None] * len(texts) if train else [row["extracted_output"]]
             if len(texts) != len(grades):
                 raise TypeError(f"{len(texts)} completions but {len(grades)} grades")

@@ -2,10 +2,13 @@
 
 A folder:
 
-    store.json             what is stored, and of which model
+    store.json             what is stored, of which model and how the answers were made, and the sketch's checksum
     sketch.safetensors     the projections, if entries are sketched
     00000.safetensors      a shard: `values` [tokens, features] and `lengths` [responses]
-    00000.json             its problems, which response is whose, and its checksum
+    00000.json             its problems, which response is whose, and the checksum of the shard
+
+Both JSON files end with a checksum of themselves. Version 2 had neither that nor the sketch's, and said nothing of the
+answers: such stores are read, and continued, and only checked for what cannot be.
 
 A shard holds the answers to a few problems that were generated together. Its record is written after it, so a shard
 that a killed run left behind has none, is not counted, and is made again. Shards are mapped into memory, not read.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,105 +30,15 @@ import torch
 from torch import Tensor
 
 from swift_kernels import files
-from swift_kernels.features import FEATURE_SOURCES, FROM_LOGITS, HIDDEN_STATES
-from swift_kernels.head import SwiftHead
-from swift_kernels.training.sketch import METHODS, Sketch
+from swift_kernels.training.layout import DTYPES, Layout, StoreError, make_layout, parse_sketch
+from swift_kernels.training.sketch import Sketch
 
 FORMAT = "swift_kernels.activations"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
 HEADER_NAME, SKETCH_NAME = "store.json", "sketch.safetensors"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-
-class StoreError(ValueError):
-    """An activation store that cannot be used; the message names the file, and what to do."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a store keeps of every scored token.
-
-    Attributes:
-        features: the sources, as in `HeadConfig`, in the order of `FEATURE_SOURCES`.
-        widths: of the entries as the model computes them: one a layer, then one for each other source.
-        layers: indices of the hidden states in Hugging Face's `hidden_states`; None where none are kept.
-        num_hidden_layers: of the model, where layers are given.
-        span: which tokens count.
-        dtype: that values are stored in. float16 would overflow on the massive activations that many models have.
-        sketch: how entries are sketched ({"method": "pca", "dimensions": 64}), or None.
-    """
-
-    features: tuple[str, ...]
-    widths: tuple[int, ...]
-    layers: tuple[int, ...] | None = None
-    num_hidden_layers: int | None = None
-    span: str = "fed"
-    dtype: str = "bfloat16"
-    sketch: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
-        object.__setattr__(self, "features", tuple(self.features))
-        if not self.features or self.features != tuple(name for name in FEATURE_SOURCES if name in self.features):
-            raise StoreError(f"features is {self.features!r}: expected some of {', '.join(FEATURE_SOURCES)}, in order")
-        if len(self.entries) != len(self.widths):
-            raise StoreError(f"{len(self.widths)} widths for the entries {list(self.entries)}: expected one each")
-        if self.dtype not in DTYPES:
-            raise StoreError(f"the store's dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-
-    @property
-    def entries(self) -> tuple[int | str, ...]:
-        """What the entries are: layers, and the names of other sources."""
-        return *(self.layers or ()), *(name for name in self.features if name != HIDDEN_STATES)
-
-    @property
-    def stored_widths(self) -> tuple[int, ...]:
-        """Of the entries as they are stored: a sketch leaves alone what is no wider than itself."""
-        if self.sketch is None:
-            return self.widths
-        return tuple(min(width, self.sketch["dimensions"]) for width in self.widths)
-
-    def nbytes(self, tokens: int) -> int:
-        return tokens * sum(self.stored_widths) * DTYPES[self.dtype].itemsize
-
-
-def make_layout(
-    model: Any, layers: str | Sequence[int | str], dtype: str = "bfloat16", sketch: str | None = None
-) -> Layout:
-    """The layout of a store for a model.
-
-    Args:
-        layers: as in `SwiftHead.for_model`, or a list of layers, or "all", and of other sources: ["all", "logits"].
-        sketch: "random:64" or "pca:64", the number of dimensions an entry; None keeps entries whole.
-    """
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    chosen = [layer for layer in wanted if layer not in FROM_LOGITS]
-    selections: list[Any] = [chosen[0] if chosen in (["all"], [HIDDEN_STATES]) else chosen] if chosen else []
-    selections += [source for source in FROM_LOGITS if source in wanted]
-    configs = [SwiftHead.for_model(model, selection).config for selection in selections]
-    if not configs:
-        raise StoreError("there is nothing to store: expected layers, logits or top_logprobs")
-    widths = tuple(width for config in configs for width in config.widths)
-    return Layout(
-        tuple(config.features for config in configs),
-        widths,
-        configs[0].layers,
-        configs[0].num_hidden_layers if chosen else None,
-        configs[0].span,
-        dtype,
-        None if sketch is None else parse_sketch(sketch, max(widths)),
-    )
-
-
-def parse_sketch(text: str, width: int) -> dict[str, Any]:
-    """ "pca:64" as a layout holds it."""
-    method, _, dimensions = text.partition(":")
-    if method not in METHODS or not dimensions.isdecimal() or not 1 <= int(dimensions) <= width:
-        raise StoreError(
-            f"the sketch is {text!r}: expected {' or '.join(f'{each}:K' for each in METHODS)}, K from 1 to {width}"
-        )
-    return {"method": method, "dimensions": int(dimensions)}
+__all__ = ["DTYPES", "Layout", "ShardProblem", "Store", "StoreError", "StoreWriter", "make_layout", "parse_sketch"]
 
 
 @dataclass(frozen=True)
@@ -160,26 +74,35 @@ class StoreWriter:
     Several processes may write different shards of one store.
     """
 
-    def __init__(self, path: str | Path, layout: Layout, model: dict[str, Any], sketch: Sketch | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        layout: Layout,
+        model: dict[str, Any],
+        sketch: Sketch | None = None,
+        rollouts: dict[str, Any] | None = None,
+    ) -> None:
+        """`rollouts` are the settings of the answers: those of others are then refused."""
         self.path = Path(path)
         self.layout = layout
         self.sketch = sketch
-        header = _header(layout, model)
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"{path} is no folder: expected one for the activations, or a name for one")
+        header: dict[str, Any] = {"model": model, "layout": vars(layout), "rollouts": rollouts}
         if (self.path / HEADER_NAME).exists():
-            there = _read_json(self.path / HEADER_NAME)
-            for key in sorted(there.keys() | header.keys()):
-                if there.get(key) != header.get(key):
-                    raise StoreError(
-                        f"{path} was made with other settings: {key} is {_short(there.get(key))} there and "
-                        f"{_short(header.get(key))} here; use the same settings to continue it, or another folder"
-                    )
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if sketch is not None:
-                sketch.save(self.path / SKETCH_NAME)
-            files.write_text(self.path / HEADER_NAME, json.dumps(header, indent=1) + "\n")
+            there = read_header(self.path)
+            known = {key: value for key, value in header.items() if None not in (value, there.get(key))}
+            if difference := files.other_settings(self.path, {key: there[key] for key in known}, known, "folder"):
+                raise StoreError(difference)
+            return
+        _check_vacant(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        checksum = None
+        if sketch is not None:
+            sketch.save(self.path / SKETCH_NAME)
+            checksum = _sha256(self.path / SKETCH_NAME)
+        content = sealed({"format": FORMAT, "version": FORMAT_VERSION, **header, "sketch": checksum})
+        files.write_text(self.path / HEADER_NAME, json.dumps(content, indent=1) + "\n")
 
     def write(self, name: str, problems: Sequence[ShardProblem], responses: Sequence[Tensor]) -> None:
         """Writes a shard; `responses` are its distinct responses' values, `[tokens, stored features]` each."""
@@ -198,7 +121,7 @@ class StoreWriter:
                 "nbytes": temporary.stat().st_size,
                 "sha256": _sha256(temporary),
             }
-        files.write_text(self.path / f"{name}.json", json.dumps(record) + "\n")
+        files.write_text(self.path / f"{name}.json", json.dumps(sealed(record)) + "\n")
 
 
 class Store:
@@ -206,6 +129,7 @@ class Store:
 
     Attributes:
         layout, model: what is stored, and the fingerprint of the model that computed it.
+        rollouts: the settings of the answers; None where they are not known.
         widths: of the entries as stored.
         lengths: scored tokens of each response.
         shards: their records, in order.
@@ -216,8 +140,9 @@ class Store:
         self.path = Path(path)
         header = read_header(self.path)
         self.model: dict[str, Any] = header["model"]
+        self.rollouts: dict[str, Any] | None = header.get("rollouts")
         self.layout = Layout(**header["layout"])
-        self.sketch = None if self.layout.sketch is None else Sketch.load(self.path / SKETCH_NAME)
+        self.sketch = None if self.layout.sketch is None else read_sketch(self.path)
         self.widths = self.layout.stored_widths
         self.shards = shards_of(self.path)
         if verify:
@@ -238,7 +163,7 @@ class Store:
                 self._first[problem.id] = first
                 first += max(problem.responses, default=-1) + 1
             self._rows += [(index, start) for start in itertools.accumulate(shard.lengths[:-1], initial=0)]
-            self._values.append(_map(self.path / f"{shard.name}.safetensors"))
+            self._values.append(_map(self.path / f"{shard.name}.safetensors", shard, self.layout))
 
     @property
     def nbytes(self) -> int:
@@ -293,29 +218,70 @@ class StorePart:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    if not (path / HEADER_NAME).is_file():
+    file = path / HEADER_NAME
+    if not file.is_file():
         raise StoreError(f"{path} holds no {HEADER_NAME}: expected a folder written by `swift-kernels rollout --store`")
-    header = _read_json(path / HEADER_NAME)
-    if header.get("format") != FORMAT or header.get("version") != FORMAT_VERSION:
+    header = _read_json(file)
+    if header.get("format") != FORMAT or header.get("version") not in READABLE_VERSIONS:
         raise StoreError(
-            f"{path / HEADER_NAME}: format {header.get('format')!r}, version {header.get('version')}: "
+            f"{file}: format {header.get('format')!r}, version {header.get('version')}: "
             f"expected {FORMAT!r}, version {FORMAT_VERSION}"
         )
+    _check_seal(file, header, header["version"])
+    model = header.get("model")
+    try:
+        if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+            raise TypeError("model is no fingerprint with a name")
+        layout = Layout(**header["layout"])
+        if not layout.widths or any(type(width) is not int or width < 1 for width in layout.stored_widths):
+            raise TypeError(f"widths are {list(layout.widths)}, the sketch {layout.sketch}")
+        if layout.sketch is not None and header["version"] > 2 and not isinstance(header.get("sketch"), str):
+            raise TypeError("no checksum of the sketch")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{file} is damaged ({type(error).__name__}: {error}): make the store anew, in another folder"
+        ) from None
     return header
 
 
 def shards_of(path: Path) -> list[Shard]:
     """The records of a store's shards, in order."""
-    return [read_shard(record) for record in sorted(path.glob("[0-9]*.json"))]
+    records = sorted(path.glob("[0-9]*.json"))
+    version = read_header(path)["version"] if records else FORMAT_VERSION
+    return [read_shard(record, version) for record in records]
 
 
-def read_shard(record: Path) -> Shard:
+def problems_of(path: Path) -> dict[str, ShardProblem]:
+    """The problems of a store's shards, by their ids."""
+    return {problem.id: problem for shard in shards_of(path) for problem in shard.problems}
+
+
+def read_shard(record: Path, version: int = FORMAT_VERSION) -> Shard:
     content = _read_json(record)
+    _check_seal(record, content, version)
+    content.pop("digest", None)
     try:
-        problems = [ShardProblem(**problem) for problem in content.pop("problems")]
-        return Shard(record.stem, problems, **content)
+        shard = Shard(record.stem, [ShardProblem(**problem) for problem in content.pop("problems")], **content)
+        count = 0
+        for problem in shard.problems:
+            distinct = list(dict.fromkeys(problem.responses))
+            if distinct != list(range(len(distinct))) or not all(type(place) is int for place in problem.responses):
+                raise TypeError(f"problem {problem.id!r} has the responses {problem.responses}")
+            count += len(distinct)
+        if not isinstance(shard.lengths, list) or len(shard.lengths) != count:
+            raise TypeError(f"{count} responses need as many lengths")
+        if any(type(length) is not int or length < 0 for length in shard.lengths):
+            raise TypeError("lengths are not whole numbers of at least 0")
+        if not all(isinstance(text, str) for problem in shard.problems for text in (problem.id, problem.digest)):
+            raise TypeError("a problem's id or digest is no text")
     except (KeyError, TypeError) as error:
         raise StoreError(f"{record} is no record of a shard ({error}): remove it, and the shard is made anew") from None
+    return shard
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a checksum of itself."""
+    return {**content, "digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def damage(path: Path, shard: Shard) -> str | None:
@@ -341,12 +307,34 @@ def sketch_of(path: Path, layout: Layout) -> Sketch:
     for key in here:
         if there[key] != here[key]:
             raise StoreError(f"{path} was made with other settings: {key} is {there[key]} there and {here[key]} here")
-    return Sketch.load(path / SKETCH_NAME)
+    return read_sketch(path)
+
+
+def read_sketch(path: Path) -> Sketch:
+    """The projections of a store, held against its header."""
+    from safetensors import SafetensorError
+
+    header, file = read_header(path), path / SKETCH_NAME
+    layout = Layout(**header["layout"])
+    if not file.is_file():
+        raise StoreError(f"{file} is missing: make the store anew, in another folder")
+    try:
+        sketch = Sketch.load(file)
+    except (SafetensorError, KeyError) as error:
+        raise StoreError(f"{file} is no sketch ({error}): make the store anew, in another folder") from None
+    shapes = [tuple(tensor.shape) for tensor in (*sketch.projections, *sketch.means)]
+    expected = [*zip(layout.widths, layout.stored_widths, strict=True), *((width,) for width in layout.widths)]
+    if shapes != expected or header.get("sketch") not in (None, _sha256(file)):
+        raise StoreError(
+            f"{file} is corrupted: it is not the one that {HEADER_NAME} speaks of; make the store anew, in another "
+            "folder"
+        )
+    return sketch
 
 
 def begun_sketch(path: Path, other: Path | None, layout: Layout) -> Sketch:
     """The projections of a store that was begun; raises where those of another store are asked for and differ."""
-    own = Sketch.load(path / SKETCH_NAME)
+    own = read_sketch(path)
     if other is not None and not own.equals(sketch_of(other, layout)):
         raise StoreError(f"{path} was begun with other projections than those of {other}: use another folder")
     return own
@@ -357,6 +345,8 @@ def drop_damaged(path: Path) -> list[str]:
 
     What killed runs wrote by half is removed too, also by safetensors' `save_file`, which adds six letters to `.tmp`.
     """
+    if not (path / HEADER_NAME).exists():
+        return []
     files.remove_abandoned(path, ".[0-9]*.????????.tmp", ".tmp??????")
     found = []
     for shard in shards_of(path):
@@ -379,17 +369,52 @@ def check_space(path: Path, nbytes: int, what: str) -> None:
         )
 
 
-def _header(layout: Layout, model: dict[str, Any]) -> dict[str, Any]:
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "model": model, "layout": vars(layout)}
-    return json.loads(json.dumps(header))  # as it is read back, where a tuple is a list
+def _check_vacant(path: Path) -> None:
+    """Raises where a folder without a header has files that a new store would write over."""
+    taken = [file.name for file in path.glob("[0-9]*") if re.fullmatch(r"\d{5,}\.(json|safetensors)", file.name)]
+    # A run that was killed before the header may have left its sketch.
+    if taken or ((path / SKETCH_NAME).exists() and not _is_sketch(path / SKETCH_NAME)):
+        raise StoreError(
+            f"{path} holds {min(taken, default=SKETCH_NAME)} but no {HEADER_NAME}: expected a store, or a folder that "
+            "holds nothing of these names; nothing was changed, give another one"
+        )
 
 
-def _map(path: Path) -> Tensor:
+def _is_sketch(file: Path) -> bool:
+    from safetensors import SafetensorError
+
+    try:
+        return bool(Sketch.load(file).projections)
+    except (SafetensorError, KeyError, OSError):
+        return False
+
+
+def _check_seal(file: Path, content: dict[str, Any], version: int) -> None:
+    bare = {key: value for key, value in content.items() if key != "digest"}
+    if ("digest" in content or version > 2) and content.get("digest") != sealed(bare)["digest"]:
+        what = "header of a store" if file.name == HEADER_NAME else "record of a shard"
+        remedy = "make the store anew" if file.name == HEADER_NAME else "remove it, and the shard is made anew"
+        raise StoreError(
+            f"{file} is no {what}, or corrupted: its checksum is not the one it was written with; {remedy}"
+        )
+
+
+def _map(path: Path, shard: Shard, layout: Layout) -> Tensor:
     """The values of a shard, mapped into memory: pages are read when they are used, and can be dropped."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("values")
+    try:
+        with safe_open(path, framework="pt") as file:
+            values, lengths = file.get_tensor("values"), file.get_tensor("lengths")
+    except SafetensorError as error:
+        raise StoreError(f"{path} is no shard of a store ({error})") from None
+    shape, dtype = [sum(shard.lengths), sum(layout.stored_widths)], DTYPES[layout.dtype]
+    if list(values.shape) != shape or values.dtype != dtype or lengths.tolist() != shard.lengths:
+        raise StoreError(
+            f"{path} holds {values.dtype} values of shape {list(values.shape)}: expected {dtype} of shape {shape}, and "
+            f"the lengths of {shard.name}.json; remove that, and the shard is made anew"
+        )
+    return values
 
 
 def _sha256(path: Path) -> str:
@@ -402,16 +427,9 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path} is not JSON ({error})") from None
+        content = files.parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path} is not JSON that can be read: {error}") from None
     if not isinstance(content, dict):
         raise StoreError(f"{path} holds a {type(content).__name__}: expected an object")
     return content
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "name" in value:
-        return str(value["name"])
-    text = json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -185,7 +185,7 @@ def copy_sketched(
     method = stores.parse_sketch(sketch, max(store.widths))
     layout = replace(store.layout, sketch=method)
     if (path / stores.HEADER_NAME).exists():
-        StoreWriter(path, layout, store.model)  # refuses another store's settings
+        StoreWriter(path, layout, store.model, rollouts=store.rollouts)  # refuses another store's settings
         made = stores.begun_sketch(path, sketch_of, layout)
     elif sketch_of is not None:
         made = stores.sketch_of(sketch_of, layout)
@@ -210,7 +210,7 @@ def copy_sketched(
     ]
     tokens = sum(sum(shard.lengths) for shard in missing)
     stores.check_space(path, layout.nbytes(tokens), f"the sketches of {tokens:,} tokens")
-    writer = StoreWriter(path, layout, store.model, made)
+    writer = StoreWriter(path, layout, store.model, made, store.rollouts)
     first = 0
     for done, shard in enumerate(store.shards, start=1):
         responses = range(first, first + len(shard.lengths))

@@ -165,12 +165,12 @@ def test_an_interrupted_run_ends_as_one_that_was_not(
 
 WRITES_SHARDS_OF_AT_MOST_1000_BYTES = """
 import resource, signal, sys, torch
-from swift_kernels.training.store import Layout, StoreWriter
+from swift_kernels.training.store import Layout, ShardProblem, StoreWriter
 writer = StoreWriter(sys.argv[1], Layout(("hidden_states",), (16,), (0,), 2), {"name": "tiny"})
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-writer.write("00000", [], [torch.zeros(2, 16)])
-writer.write("00002", [], [torch.zeros(100, 16)])
+writer.write("00000", [ShardProblem("a", [0], "")], [torch.zeros(2, 16)])
+writer.write("00002", [ShardProblem("b", [0], "")], [torch.zeros(100, 16)])
 """
 
 

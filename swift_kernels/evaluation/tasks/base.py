@@ -25,6 +25,7 @@ class Problem:
         question: the problem alone; `Task.prompt` makes of it what the model reads.
         answer: the reference answer.
         data: whatever else the task's grader needs.
+        place: where it was read, such as `file:line`, for messages; empty where it was made.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Problem:
     question: str
     answer: str
     data: Any = field(default=None, compare=False, repr=False)
+    place: str = field(default="", compare=False, repr=False)
 
 
 class Task(Protocol):

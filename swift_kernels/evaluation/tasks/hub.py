@@ -6,7 +6,7 @@ import random
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,12 @@ class RowsTask(ABC):
         unusable = []
         for source in sources:
             for index, row in enumerate(self._load(source)):
+                place = f"row {index} of {source}"
                 try:
                     parts = [part for part in (source.split, source.config, str(index)) if part is not None]
-                    made.append(self.read(row, "/".join(parts)))
+                    made.append(replace(self.read(row, "/".join(parts)), place=place))
                 except ValueError as error:
-                    unusable.append(f"row {index} of {source}: {error}")
+                    unusable.append(f"{place}: {error}")
         if unusable and not made:
             raise TaskError(f"{self.name}: no row of the Hub is as expected, such as {unusable[0]}")
         if unusable:
@@ -143,6 +144,6 @@ class RowsTask(ABC):
                 )
             seen[identity] = place
             try:
-                yield self.read(row, identity)
+                yield replace(self.read(row, identity), place=place)
             except ValueError as error:
                 raise TaskError(f"{place}: {error}") from None
