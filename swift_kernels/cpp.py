@@ -135,16 +135,18 @@ def _load_as_built(library: Path) -> bool:
         return False
     except OSError as error:
         raise BuildError(f"{library} is not loaded: expected a file, no link ({error.strerror}); delete it") from None
-    with open(descriptor, "rb") as file:
+    try:
         _check_trusted(library, os.fstat(descriptor), stat.S_ISREG)
-        if not _checksum_file(library, _sha256(file.read())).exists():
-            return False
+        with open(descriptor, "rb", closefd=False) as file:
+            if not _checksum_file(library, _sha256(file.read())).exists():
+                return False
         opened = Path(f"/proc/self/fd/{descriptor}")
-        try:
-            # Not by torch.ops.load_library, which looks for the name again.
-            ctypes.CDLL(str(opened if opened.exists() else library))
-        except OSError as error:
-            raise BuildError(f"{library} does not load ({error}); delete it to build it again") from error
+        # Not by torch.ops.load_library, which looks for the name again.
+        ctypes.CDLL(str(opened if opened.exists() else library))
+    except OSError as error:
+        raise BuildError(f"{library} does not load ({error}); delete it to build it again") from error
+    finally:
+        os.close(descriptor)
     return True
 
 

@@ -162,7 +162,7 @@ def train(
     A fit that was interrupted goes on after its last whole epoch when the same command is given again. Under
     `accelerate launch` the first process trains, as it would alone.
     """
-    from swift_kernels import hub, processes
+    from swift_kernels import files, hub, processes
     from swift_kernels.cli import render
     from swift_kernels.training import resume
     from swift_kernels.training.recipe import get_recipe
@@ -173,8 +173,7 @@ def train(
     # The launcher waits for the first process; the others would run into the time limit of a barrier.
     if not processes.join(device).is_first:
         return
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
+    _check_head_folder(output)
     chosen = get_recipe(
         recipe,
         loss=loss,
@@ -209,25 +208,28 @@ def train(
         "progress": render.progress,
         "note": render.note,
     }
-    if store is not None:
-        if on_the_fly:
-            raise ValueError("--on-the-fly runs the model in every epoch, --store spares it: give one of them")
-        if top_logprobs is not None or device is not None or dtype is not None:
-            raise ValueError("--top-logprobs, --device and --dtype are for a model that runs: --store has what it had")
-        if (test is None) != (test_store is None):
-            raise ValueError("--test and --test-store belong together: give both, or evaluate later with `eval`")
-        other = None if test_store is None else Store(test_store)
-        result = train_stored_head(Store(store), train_file, test_store=other, **options)
-    elif test_store is not None:
-        raise ValueError("--test-store is read with --store: give both, or --test alone")
-    elif model is None:
-        raise ValueError("--model is missing: expected the model that wrote the answers, or --store")
-    else:
-        lm, tokenizer = _load_model(model, device, dtype)
-        result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, on_the_fly=on_the_fly, **options)
-    result.save(output, push)
-    # Not before: until then it is all that there is of the fit.
-    resume.remove(output / CHECKPOINT_NAME)
+    with files.alone(output, folder=True):
+        if store is not None:
+            if on_the_fly:
+                raise ValueError("--on-the-fly runs the model in every epoch, --store spares it: give one of them")
+            if top_logprobs is not None or device is not None or dtype is not None:
+                raise ValueError(
+                    "--top-logprobs, --device and --dtype are for a model that runs: --store has what it had"
+                )
+            if (test is None) != (test_store is None):
+                raise ValueError("--test and --test-store belong together: give both, or evaluate later with `eval`")
+            other = None if test_store is None else Store(test_store)
+            result = train_stored_head(Store(store), train_file, test_store=other, **options)
+        elif test_store is not None:
+            raise ValueError("--test-store is read with --store: give both, or --test alone")
+        elif model is None:
+            raise ValueError("--model is missing: expected the model that wrote the answers, or --store")
+        else:
+            lm, tokenizer = _load_model(model, device, dtype)
+            result = train_head(lm, tokenizer, train_file, top_logprobs=top_logprobs, on_the_fly=on_the_fly, **options)
+        result.save(output, push)
+        # Not before: until then it is all that there is of the fit.
+        resume.remove(output / CHECKPOINT_NAME)
     pushed, refusal = None, None
     if push is not None:
         try:
@@ -433,6 +435,28 @@ def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
     from swift_kernels import checkpoint
 
     return checkpoint.load(name, model=model, allow_mismatch=allow_mismatch)
+
+
+def _check_head_folder(output: Path) -> None:
+    """Raises where a head would be written over what is none: another model's weights, or a project's README."""
+    from swift_kernels.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+    from swift_kernels.files import parse_json
+    from swift_kernels.training.train import CARD_NAME, CHECKPOINT_NAME
+
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
+    taken = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME) if (output / name).exists()]
+    if not taken or (output / CHECKPOINT_NAME).exists():
+        return
+    try:
+        config = parse_json((output / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or "format_version" not in config:
+        raise ValueError(
+            f"--output {output} holds {taken[0]}, which is no head's and would be lost: expected a head's folder, or "
+            "one without such a file; nothing was changed"
+        )
 
 
 _SOURCES = "all, logits, top_logprobs or "

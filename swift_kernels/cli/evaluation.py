@@ -129,14 +129,13 @@ def calibrate(
     """
     from swift_kernels import checkpoint
     from swift_kernels.cli import render
-    from swift_kernels.cli.app import _at_least
+    from swift_kernels.cli.app import _at_least, _check_head_folder
     from swift_kernels.evaluation.calibration import calibrate as fit
     from swift_kernels.evaluation.calibration import check_mixed
     from swift_kernels.evaluation.wording import calibration_fact
 
     _at_least("--batch-size", batch_size, 1)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
+    _check_head_folder(output)
     stores = None if store is None else [store]
     contents = _read([rollouts], stores, model)
     # Before a model runs over all of them.

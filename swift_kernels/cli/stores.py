@@ -106,12 +106,13 @@ def sketch_(
 
     A head that is fitted to it reads the model's own hidden states: the projection is folded into its weights.
     """
+    from swift_kernels import files
     from swift_kernels.cli import render
     from swift_kernels.training.store import Store
     from swift_kernels.training.stored import copy_sketched
 
     whole = Store(store)
-    with render.progress("shards", len(whole.shards)) as update:
+    with files.alone(output, folder=True), render.progress("shards", len(whole.shards)) as update:
         notes = copy_sketched(whole, output, sketch, sketch_of, update)
     for line in notes:
         render.note(line)
