@@ -177,6 +177,14 @@ class TestReading:
 
 
 class TestWriting:
+    @pytest.mark.parametrize("content", ['{"three": "years of work"}', "a note", "\0", "[1]"])
+    def test_a_file_of_something_else_is_left_alone(self, tmp_path: Path, content: str) -> None:
+        path = tmp_path / "r.jsonl"
+        path.write_text(content)
+        with pytest.raises(RewardFileError, match="bytes of something else: expected a file of `swift-kernels reward`"):
+            RewardWriter(path, HEADER, ROLLOUTS)
+        assert path.read_text() == content
+
     def test_every_cut_is_continued_to_the_same_file(self, tmp_path: Path) -> None:
         path = tmp_path / "r.jsonl"
         write(path, "a", "b", "12")

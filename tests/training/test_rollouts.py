@@ -70,6 +70,43 @@ def test_every_cut_is_continued_to_the_same_file(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
+HEADER_LINE = json.dumps({"format": "swift_kernels.rollouts", "version": 1, **HEADER}, separators=(",", ":"))
+NOT_OURS = {
+    "one line of JSON": json.dumps({"three": "years of work"}),
+    "a note": "call home",
+    "binary": "\0\1\2",
+    "a space": " ",
+    "an array": "[1, 2]",
+    "indented": json.dumps({"format": "swift_kernels.rollouts"})[:20],
+    "more than a header": HEADER_LINE + json.dumps(asdict(item("a"))),
+    "a whole header of other settings": HEADER_LINE.replace("sums", "other"),
+}
+
+
+@pytest.mark.parametrize("content", NOT_OURS.values(), ids=NOT_OURS)
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(RolloutError, match=r"r\.jsonl holds [\d,]+ bytes of something else: expected .* --output"):
+        RolloutWriter(path, HEADER)
+    assert path.read_text() == content
+
+
+def test_a_torn_header_of_other_settings_is_begun_anew(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(HEADER_LINE.replace("sums", "other")[:-5])
+    write(tmp_path / "r.jsonl", "a")
+    assert read(tmp_path / "r.jsonl").task == "sums"
+
+
+def test_halves_of_characters_are_written_as_what_stands_for_them(tmp_path: Path) -> None:
+    rollout = item("a")
+    odd = replace(rollout, candidates=[replace(rollout.candidates[0], text="a\ud800b", answer="\udfff")])
+    with RolloutWriter(tmp_path / "r.jsonl", HEADER) as writer:
+        writer.write(odd)
+    [candidate] = read(tmp_path / "r.jsonl").rollouts[0].candidates
+    assert (candidate.text, candidate.answer) == ("a\ufffdb", "\ufffd")
+
+
 def test_other_settings_are_refused_and_nothing_changes(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     write(path, "a")
@@ -141,10 +178,15 @@ def broken(**changes: Any) -> str:
         (confident(entropies=0.1), "confidence: entropies is not a list of numbers"),
         (broken(candidates=[{**asdict(item("b").candidates[0]), "confidence": {"logprobs": []}}]), "no 'entropies'"),
         (broken(id="a"), "problem 'a' is in the file twice"),
+        (broken(prompt="\ud800"), r"it holds \\ud800, half a character"),
+        (broken(prompt_token_ids=[2**64]), "prompt_token_ids is not a list of token ids"),
+        (confident(entropies=[10**400] * 3), "confidence: entropies is not a list of numbers"),
+        (broken(answer=1)[:-1] + ', "x": ' + "9" * 5000 + "}", "not JSON .Exceeds the limit"),
+        ("[" * 100_000, "not JSON"),
     ],
     ids=[
         "json", "list", "missing", "empty", "text", "prompt", "prompt-ids", "label", "ids", "candidate", "short",
-        "long", "words", "booleans", "nan", "number", "no-list", "twice",
+        "long", "words", "booleans", "nan", "number", "no-list", "twice", "half", "large-id", "large", "digits", "deep",
     ],
 )  # fmt: skip
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
