@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from swift_kernels.features import FEATURE_SOURCES, FROM_LOGITS, HIDDEN_STATES
-from swift_kernels.head import SwiftHead
+from swift_kernels.head import HeadConfig, SwiftHead
 from swift_kernels.training.sketch import METHODS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,6 +51,30 @@ class Layout:
             raise StoreError(f"{len(self.widths)} widths for the entries {list(self.entries)}: expected one each")
         if self.dtype not in DTYPES:
             raise StoreError(f"the store's dtype is {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+
+    @staticmethod
+    def read(raw: Any) -> Layout:
+        """The layout that a file speaks of.
+
+        Raises:
+            TypeError, ValueError: it is none.
+        """
+        if not isinstance(raw, dict):
+            raise TypeError(f"the layout is a {type(raw).__name__}: expected an object")
+        layout = Layout(**raw)
+        sizes = (*layout.widths, *(layout.layers or ()), layout.num_hidden_layers or 0)
+        if not layout.widths or any(type(size) is not int for size in sizes):
+            raise TypeError(f"widths, layers and num_hidden_layers are {list(sizes)}: expected whole numbers")
+        if layout.sketch is not None:
+            parse_sketch(f"{layout.sketch['method']}:{layout.sketch['dimensions']}", max(layout.widths))
+        # What a head of each source may be is known there: its layers, its span, its width.
+        depth = len(layout.layers or ())
+        if HIDDEN_STATES in layout.features:
+            count = layout.num_hidden_layers
+            HeadConfig(layout.widths[:depth], HIDDEN_STATES, layout.layers, count, span=layout.span)
+        for width, name in zip(layout.widths[depth:], layout.entries[depth:], strict=True):
+            HeadConfig((width,), str(name), span=layout.span)
+        return layout
 
     @property
     def entries(self) -> tuple[int | str, ...]:

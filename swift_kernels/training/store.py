@@ -232,9 +232,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         if not isinstance(model, dict) or not isinstance(model.get("name"), str):
             raise TypeError("model is no fingerprint with a name")
-        layout = Layout(**header["layout"])
-        if not layout.widths or any(type(width) is not int or width < 1 for width in layout.stored_widths):
-            raise TypeError(f"widths are {list(layout.widths)}, the sketch {layout.sketch}")
+        layout = Layout.read(header["layout"])
         if layout.sketch is not None and header["version"] > 2 and not isinstance(header.get("sketch"), str):
             raise TypeError("no checksum of the sketch")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -272,8 +270,9 @@ def read_shard(record: Path, version: int = FORMAT_VERSION) -> Shard:
             raise TypeError(f"{count} responses need as many lengths")
         if any(type(length) is not int or length < 0 for length in shard.lengths):
             raise TypeError("lengths are not whole numbers of at least 0")
-        if not all(isinstance(text, str) for problem in shard.problems for text in (problem.id, problem.digest)):
-            raise TypeError("a problem's id or digest is no text")
+        texts = [shard.sha256, *(text for problem in shard.problems for text in (problem.id, problem.digest))]
+        if type(shard.nbytes) is not int or not all(isinstance(text, str) for text in texts):
+            raise TypeError("nbytes is no number, or a checksum or the id of a problem is no text")
     except (KeyError, TypeError) as error:
         raise StoreError(f"{record} is no record of a shard ({error}): remove it, and the shard is made anew") from None
     return shard
