@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from swift_kernels import SwiftHead
 from swift_kernels.cli import main
-from swift_kernels.evaluation.tasks import Sums
+from swift_kernels.evaluation.tasks import JsonlTask, Sums
+from swift_kernels.files import alone
 from swift_kernels.training import generation
 from swift_kernels.training.store import sealed
 from tests import tiny
@@ -255,6 +256,52 @@ def test_bad_input_gets_one_line_and_loses_nothing(
     assert contents(place.folder) == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md"])
+@pytest.mark.parametrize("command", ["train", "calibrate"])
+def test_a_head_is_not_written_over_what_is_none(
+    capsys: pytest.CaptureFixture[str], place: Place, name: str, command: str
+) -> None:
+    output = place.folder / "a model of mine"
+    output.mkdir()
+    (output / name).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    before = contents(place.folder)
+    options = ["--head", place.head] if command == "calibrate" else ["--epochs", "1"]
+    result = run(capsys, command, place.train, "--store", place.store, "--output", output, *options)
+    assert_refused(
+        result, f"a model of mine holds {name}, which is no head's and would be lost: expected a head's folder"
+    )
+    assert contents(place.folder) == before
+
+
+def held(place: Place, what: str) -> tuple[list[object], Path, bool]:
+    """A command, and the file or folder that another process writes."""
+    if what == "train":
+        return ["train", place.train, "--store", place.store, "--output", place.head], place.head, True
+    if what == "sketch":
+        output = place.folder / "sketch"
+        return ["sketch", place.store, "--sketch", "random:4", "--output", output], output, True
+    if what == "rollout":
+        return [*rollout_args(place.folder / "no model", place.train, 8)], place.train, False
+    output = place.folder / "rewards.jsonl"
+    return ["reward", place.train, "--reward-model", place.folder / "none", "--output", output], output, False
+
+
+@pytest.mark.parametrize("what", ["train", "sketch", "rollout", "reward"])
+def test_what_another_process_writes_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], place: Place, what: str
+) -> None:
+    args, output, folder = held(place, what)
+    with alone(output, folder=folder):
+        before = contents(place.folder)
+        assert_refused(run(capsys, *args), f"{output} is being written by another process: wait until that has ended")
+        assert contents(place.folder) == before
+
+
+def test_scores_are_not_written_over_the_answers(capsys: pytest.CaptureFixture[str], place: Place) -> None:
+    result = run(capsys, "score", place.train, "--model", "m", "--head", place.head, "--output", place.train)
+    assert_refused(result, "train.jsonl is what is read: expected another file for what is written")
+
+
 ROLLOUT_MISTAKES = {
     "task": (
         {"task": "sum"},
@@ -274,6 +321,19 @@ ROLLOUT_MISTAKES = {
         "has stored answers, none are generated: write them to a rollout file with `swift-kernels pairs --task pku-",
     ),
     "sketch": ({"sketch": "svd:4"}, "the sketch is 'svd:4': expected random:K or pca:K"),
+    "one line of JSON": (
+        {"output": "FOLDER/mine.json"},
+        "mine.json holds 12 bytes of something else: expected a file of `swift-kernels rollout`, which is continued",
+    ),
+    "half a character": ({"task": "jsonl:FOLDER/half.jsonl"}, "half.jsonl:2: it holds \\ud800, half a character"),
+    "long prompt": (
+        {"task": "jsonl:FOLDER/long.jsonl", "split": "all", "output": "FOLDER/new.jsonl"},
+        "long.jsonl:3: the prompt, with one token of an answer, has ",
+    ),
+    "other seed": (
+        {"output": "FOLDER/other.jsonl", "seed": SEED + 1, "store": "FOLDER/train-store"},
+        "sampling.seed is ",
+    ),
     "disk": ({}, "the activations of 8 problems, up to 144 tokens, take up to 0.0 GB"),
 }
 
@@ -286,8 +346,15 @@ def test_a_bad_rollout_is_refused_before_anything_is_generated(
     if name == "disk":
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(generation, "decode", lambda *args: pytest.fail("the model ran"))
+    (place.folder / "mine.json").write_text('{"years": 3}')
+    (place.folder / "half.jsonl").write_text('{"problem": "1", "answer": 1}\n{"problem": "\\ud800", "answer": 1}\n')
+    rows = [{"problem": question, "answer": 1} for question in ("1", "2", "x" * 300, *"45678")]
+    (place.folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(JsonlTask, "_INSTRUCTION", "")  # which alone nearly fills the tiny model's context
     before = contents(place.folder)
-    args = rollout_args(model_folder, place.train, 8, seed=SEED, store=place.folder / "new-store", **changes)
+    given = {"output": place.train, "seed": SEED, "store": place.folder / "new-store", **changes}
+    given = {key: str(value).replace("FOLDER", str(place.folder)) for key, value in given.items()}
+    args = rollout_args(model_folder, Path(given.pop("output")), 8, **given)
     code, out, err = run(capsys, *args)
     assert (code, out) == (2, "")
     assert message in err.splitlines()[-1]

@@ -38,9 +38,19 @@ def test_reads_problem_or_question(tmp_path: Path) -> None:
         ('{"problem": "2+2?", "answer": "so it is #### "}', r"p\.jsonl:2: nothing after '####'"),
         ('{"problem": "2+2?", "answer": NaN}', r"p\.jsonl:2: 'answer' is nan"),
         ('{"problem": "2+2?", "answer": -Infinity}', r"p\.jsonl:2: 'answer' is -inf"),
+        ('{"problem": 1e999, "answer": "4"}', r"p\.jsonl:2: 'problem' is inf: expected a number or text"),
+        ('{"problem": "2+\\ud800?", "answer": "4"}', r"p\.jsonl:2: it holds \\ud800, half a character"),
+        ('{"problem": "2+2?", "answer": "4", "more": [{"\\udfff": 1}]}', r"p\.jsonl:2: it holds \\udfff, half"),
+        ('{"problem": "2+2?", "answer": ' + "4" * 5000 + "}", r"p\.jsonl:2: not JSON \(Exceeds the limit"),
+        ('{"problem": ' + "[" * 100_000, r"p\.jsonl:2: not JSON"),
+        ('{"problem": "2+2\\u0000?", "answer": "4"}', r"p\.jsonl:2: 'problem' holds a NUL character"),
+        ('{"problem": "2+2?", "answer": "\\u00004"}', r"p\.jsonl:2: 'answer' holds a NUL character"),
     ],
-    ids=["json", "list", "no-problem", "no-answer", "odd-answer", "empty-problem", "no-mark", "nan", "infinity"],
-)
+    ids=[
+        "json", "list", "no-problem", "no-answer", "odd-answer", "empty-problem", "no-mark", "nan", "infinity",
+        "overflow", "half", "half-of-a-key", "digits", "deep", "nul", "nul-in-answer",
+    ],
+)  # fmt: skip
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = write_lines(tmp_path / "p.jsonl", [{"problem": "1+1?", "answer": "2"}, line])
     with pytest.raises(ValueError, match=message):
@@ -49,9 +59,15 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"problem": "1+1?", "answer": "2"}\n{"problem": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"p\.jsonl:\d: not UTF-8"):
+    path.write_bytes(b'{"problem": "1+1?", "answer": "2"}\n{"problem": "\xff"}\n' + b"{}\n" * 9000)
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: not UTF-8"):
         get_task(f"jsonl:{path}").problems("all", None)
+
+
+def test_a_problem_knows_its_place(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"problem": f"{number}+1?", "answer": "2"} for number in range(3)])
+    problems = get_task(f"jsonl:{path}").problems("all", None)
+    assert {problem.place: problem.id for problem in problems} == {f"{path}:{line}": str(line) for line in (1, 2, 3)}
 
 
 def test_missing_file() -> None:
