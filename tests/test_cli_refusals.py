@@ -282,11 +282,14 @@ def held(place: Place, what: str) -> tuple[list[object], Path, bool]:
         return ["sketch", place.store, "--sketch", "random:4", "--output", output], output, True
     if what == "rollout":
         return [*rollout_args(place.folder / "no model", place.train, 8)], place.train, False
+    if what == "rollout into a store":
+        options = {"store": place.store}
+        return [*rollout_args(place.folder / "no model", place.folder / "new.jsonl", 8, **options)], place.store, True
     output = place.folder / "rewards.jsonl"
     return ["reward", place.train, "--reward-model", place.folder / "none", "--output", output], output, False
 
 
-@pytest.mark.parametrize("what", ["train", "sketch", "rollout", "reward"])
+@pytest.mark.parametrize("what", ["train", "sketch", "rollout", "rollout into a store", "reward"])
 def test_what_another_process_writes_is_refused_at_once(
     capsys: pytest.CaptureFixture[str], place: Place, what: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def rollout(
     With --store the activations of their tokens are kept in the same pass. Under `accelerate launch` the processes
     share the problems. An interrupted run goes on where it was.
     """
-    from swift_kernels import processes
+    from swift_kernels import files, processes
     from swift_kernels.cli import render
     from swift_kernels.evaluation.tasks import check_generates, get_task
     from swift_kernels.training.collection import Job, collect_rollouts, keeping, largest_store
@@ -82,8 +83,9 @@ def rollout(
     chat = chosen.chat if chat is None else chat
     group = processes.join(device)
     if group.is_first:
-        with keeping(output):
-            pass  # who has it says so before a model is loaded
+        # What another job has is said before a model is loaded.
+        with keeping(output), nullcontext() if store is None else files.alone(store, folder=True):
+            pass
     lm, tokenizer = _load_model(model, device, dtype)
     header = settings(lm, chosen, sampling, split=split, chat=chat)
     layout = None if store is None else make_layout(lm, _parse_sources(store_layers), store_dtype, sketch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +63,8 @@ def read_ablation(path: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = files.parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ReportError(f"{path} is not JSON, is it truncated? {error}") from None
     if not isinstance(found, dict):
         raise ReportError(f"{path} holds a {type(found).__name__}: expected an object")

@@ -45,9 +45,13 @@ def load(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError as error:
         raise ResumeError(f"{path} is no checkpoint of a fit: {error}") from None
-    if header.get("format") != FORMAT:
-        raise ResumeError(f"{path} is no checkpoint of a fit")
-    saved, own = json.loads(header["identity"]), json.loads(json.dumps(identity))
+    try:
+        saved, facts = files.parse_json(header["identity"]), files.parse_json(header["facts"])
+    except (KeyError, ValueError):
+        saved = facts = None
+    if header.get("format") != FORMAT or not isinstance(saved, dict) or not isinstance(facts, dict):
+        raise ResumeError(f"{path} is no checkpoint of a fit: it was left as it is, remove it or give another --output")
+    own = json.loads(json.dumps(identity))
     different = [name for name in {**own, **saved} if saved.get(name) != own.get(name)]
     if different:
         name = different[0]
@@ -55,4 +59,4 @@ def load(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[
             f"{path} is the checkpoint of another fit: {name} is {saved.get(name)} there and {own.get(name)} here; "
             "finish that one, or remove the file"
         )
-    return tensors, json.loads(header["facts"])
+    return tensors, facts

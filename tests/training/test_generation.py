@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -289,3 +290,11 @@ def test_stop_strings_cut_the_text() -> None:
     assert cut_at_stop("4\nQuestion", ["\n"]) == "4"
     assert cut_at_stop("4;\n", ["\n", ";"]) == "4"
     assert cut_at_stop("4", []) == "4"
+
+
+def test_halves_of_characters_are_graded_as_what_stands_for_them() -> None:
+    """A tokenizer that puts bytes together by itself may leave half a character, which no file takes."""
+    tokenizer = Mock(decode=lambda *args, **options: "= 1\ud800 7")
+    problem = Sums().problems("train", 1)[0]
+    [response] = grade(tokenizer, Sums(), problem, [([5], True)])
+    assert (response.text, response.answer) == ("= 1\ufffd 7", "1")
