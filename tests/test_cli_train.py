@@ -17,7 +17,7 @@ from swift_kernels import SwiftHead
 from tests import tiny
 from tests.commands import assert_refused, rollout_args, run
 from tests.fake_hub import FakeHub
-from tests.training.test_collection import LAUNCH
+from tests.training.test_collection import by_two_processes
 
 
 class Made(NamedTuple):
@@ -112,20 +112,21 @@ class TestPush:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["store", "model"])
-def test_of_two_processes_of_accelerate_one_trains_what_one_alone_trains(
-    tmp_path: Path, made: Made, source: str
-) -> None:
+def test_of_two_processes_of_one_job_one_trains_what_one_alone_trains(tmp_path: Path, made: Made, source: str) -> None:
     pytest.importorskip("accelerate")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    for prefix, head in ((["swift_kernels"], alone), ([*LAUNCH, "swift_kernels"], shared)):
-        train = ["train", made.rollouts, "--output", head, "--epochs", "3", f"--{source}", getattr(made, source)]
-        done = subprocess.run(
-            [sys.executable, "-m", *prefix, *map(str, train)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=300,
-        )
+
+    def train(head: Path) -> list[str]:
+        command = ["train", made.rollouts, "--output", head, "--epochs", "3", f"--{source}", getattr(made, source)]
+        return [str(part) for part in command]
+
+    for command in (
+        [sys.executable, "-m", "swift_kernels", *train(alone)],
+        by_two_processes(tmp_path, train(shared)),
+    ):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("parameters, epoch") == 1
+    assert {"process 0 of 2", "process 1 of 2"} <= set(done.stdout.splitlines())
     assert contents(shared) == contents(alone)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from swift_kernels import files
 from swift_kernels.evaluation.tasks import Problem, Sums
 from swift_kernels.integrations.shared_prompt import forward_responses
 from swift_kernels.processes import Processes
@@ -317,28 +318,52 @@ def test_bad_sketches_are_refused(model: Any, sketch: str, message: str) -> None
         make_layout(model, "all", sketch=sketch)
 
 
-LAUNCH = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-
-
 def rollout_command(model: Path, folder: Path) -> list[str]:
     arguments = ["rollout", "--model", str(model), "--task", "sums", "--problems", "8", "--n", "2"]
     arguments += ["--max-new-tokens", "4", "--batch-size", "4", "--device", "cpu"]
     return [*arguments, "--output", str(folder / "r.jsonl"), "--store", str(folder / "store")]
 
 
+def by_two_processes(folder: Path, arguments: list[str]) -> list[str]:
+    """The command that runs `swift-kernels` in two processes of one job, each of which says which one it is."""
+    script = folder / "job.py"
+    script.write_text(
+        "import os, sys\nfrom swift_kernels.cli import main\n"
+        "print('process', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)\n"
+        f"sys.exit(main({arguments!r}))\n"
+    )
+    # `accelerate launch` starts several processes on GPUs alone; these say who they are in the same way.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, str(script)]
+
+
 @pytest.mark.slow
-def test_two_processes_of_accelerate_write_what_one_writes(tmp_path: Path) -> None:
+def test_two_processes_of_one_job_write_what_one_writes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model = tiny.save(tmp_path / "model")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    for prefix, folder in ((["swift_kernels"], alone), ([*LAUNCH, "swift_kernels"], shared)):
-        command = [sys.executable, "-m", *prefix, *rollout_command(model, folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in (
+        [sys.executable, "-m", "swift_kernels", *rollout_command(model, alone)],
+        by_two_processes(tmp_path, rollout_command(model, shared)),
+    ):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("8 problems, 16 answers") == 1
+    assert {"process 0 of 2", "process 1 of 2"} <= set(done.stdout.splitlines())
     assert contents(shared) == contents(alone)
+
+
+@pytest.mark.slow
+def test_two_processes_of_another_job_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model, shared = tiny.save(tmp_path / "model"), tmp_path / "shared"
+    command = by_two_processes(tmp_path, rollout_command(model, shared))
+    with files.alone(shared / "r.jsonl"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode != 0
+        assert f"{shared / 'r.jsonl'} is being written by another process" in done.stderr
+        assert [path.name for path in shared.iterdir() if not path.name.startswith(".")] == []
 
 
 SAYS_WHERE_IT_IS = """
