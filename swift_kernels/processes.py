@@ -38,7 +38,10 @@ def join(device: str | None = None) -> Processes:
     """Meets the other processes of the job that the environment speaks of (WORLD_SIZE, RANK)."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return Processes()
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT)
+    # Without an accelerator it would take each process for the only one, unless it is told that they are on the CPU.
+    on_cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
+    state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT)
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone)

@@ -124,7 +124,7 @@ def test_of_two_processes_of_one_job_one_trains_what_one_alone_trains(tmp_path: 
         [sys.executable, "-m", "swift_kernels", *train(alone)],
         by_two_processes(tmp_path, train(shared)),
     ):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("parameters, epoch") == 1
