@@ -244,8 +244,10 @@ def _open_store(job: Job, known: dict[str, Rollout], processes: Processes, note:
     model = fingerprint(job.model)
     settings = {key: value for key, value in job.header.items() if key != "model"}
     if processes.is_first:
-        # Settings are compared before anything is computed for the sketch.
+        # Settings are compared, and files of others found, before anything is computed for the sketch.
         fresh = not (job.store / stores.HEADER_NAME).exists()
+        if fresh:
+            stores.check_vacant(job.store)
         StoreWriter(job.store, job.layout, model, make_sketch(job) if fresh else None, settings)
         if job.layout.sketch is not None:
             stores.begun_sketch(job.store, job.sketch_of, job.layout)

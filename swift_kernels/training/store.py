@@ -95,7 +95,7 @@ class StoreWriter:
             if difference := files.other_settings(self.path, {key: there[key] for key in known}, known, "folder"):
                 raise StoreError(difference)
             return
-        _check_vacant(self.path)
+        check_vacant(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         checksum = None
         if sketch is not None:
@@ -355,20 +355,7 @@ def drop_damaged(path: Path) -> list[str]:
     return found
 
 
-def check_space(path: Path, nbytes: int, what: str) -> None:
-    """Raises when the disk has no room for a store of so many bytes."""
-    folder = path
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if nbytes > free:
-        raise StoreError(
-            f"{what} take up to {nbytes / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: fewer layers "
-            "(--store-layers), a sketch (--sketch), shorter answers (--max-new-tokens) or fewer problems need less"
-        )
-
-
-def _check_vacant(path: Path) -> None:
+def check_vacant(path: Path) -> None:
     """Raises where a folder without a header has files that a new store would write over."""
     taken = [file.name for file in path.glob("[0-9]*") if re.fullmatch(r"\d{5,}\.(json|safetensors)", file.name)]
     # A run that was killed before the header may have left its sketch.
@@ -386,6 +373,19 @@ def _is_sketch(file: Path) -> bool:
         return bool(Sketch.load(file).projections)
     except (SafetensorError, KeyError, OSError):
         return False
+
+
+def check_space(path: Path, nbytes: int, what: str) -> None:
+    """Raises when the disk has no room for a store of so many bytes."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise StoreError(
+            f"{what} take up to {nbytes / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: fewer layers "
+            "(--store-layers), a sketch (--sketch), shorter answers (--max-new-tokens) or fewer problems need less"
+        )
 
 
 def _check_seal(file: Path, content: dict[str, Any], version: int) -> None:

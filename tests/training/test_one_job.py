@@ -132,9 +132,10 @@ def test_what_would_be_lost_is_refused(model: Any, tokenizer: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["00000.safetensors", "00002.json", "sketch.safetensors"])
 def test_a_folder_with_such_files_of_others_is_left_alone(
-    model: Any, tokenizer: Any, tmp_path: Path, name: str
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    job = make_job(model, tokenizer, tmp_path)
+    monkeypatch.setattr(generation, "decode", lambda *args: pytest.fail("the model ran"))
+    job = make_job(model, tokenizer, tmp_path, layers="all", sketch="pca:3")
     job.store.mkdir()
     (job.store / name).write_text("years of work")
     (job.store / ".tmpABCDEF").write_text("of something else")
