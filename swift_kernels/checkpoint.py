@@ -56,7 +56,7 @@ def save(head: SwiftHead, path: str | Path) -> None:
         )
     _safetensors()  # or it says what to install
     folder = Path(path)
-    _check_own(folder)
+    check_own(folder)
     files.write_tensors(folder / WEIGHTS_NAME, head.state_dict())
     config = {
         "format_version": FORMAT_VERSION,
@@ -194,18 +194,18 @@ def check_model(head: SwiftHead, model: Any, *, allow_mismatch: bool = False) ->
     warnings.warn(f"{message}; scores may be off", UserWarning, stacklevel=3)
 
 
-def _check_own(folder: Path) -> None:
-    """Raises where saving a head would replace files of something else."""
+def check_own(folder: Path) -> None:
+    """Raises where saving a head into a folder would replace files of something else."""
     config, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     if config.is_file():
         try:
-            own = "layers_convention" in json.loads(config.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, RecursionError, OSError):
-            own = not config.stat().st_size
+            own = "format_version" in files.parse_json(config.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, OSError):
+            own = False
         if not own:
-            raise CheckpointError(f"{config} is no head's config: expected another folder for the head")
+            raise CheckpointError(f"{config} is no head's and would be lost: expected another folder for the head")
     elif weights.is_file() and not _holds_a_head(weights):
-        raise CheckpointError(f"{weights} holds no head's weights: expected another folder for the head")
+        raise CheckpointError(f"{weights} is no head's and would be lost: expected another folder for the head")
 
 
 def _holds_a_head(weights: Path) -> bool:

@@ -300,10 +300,11 @@ def _first_difference(there: dict[str, Any], here: dict[str, Any]) -> tuple[str,
         old, new = there.get(key), here.get(key)
         if old == new:
             continue
-        # What has a name is told apart by it.
+        # What has a name is told apart by it, and by what was written of it: later versions may write more.
         if isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name"):
-            inner = _first_difference(old, new)
-            assert inner is not None
+            inner = _first_difference(old, {each: value for each, value in new.items() if each in old})
+            if inner is None:
+                continue
             return f"{key}.{inner[0]}", *inner[1:]
         return key, old, new
     return None

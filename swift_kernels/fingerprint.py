@@ -22,8 +22,10 @@ SAME_TOLERANCE = 0.01
 RELATED_TOLERANCE = 0.3
 """Above this, the values belong to another model (unrelated vectors are 1.4 apart); in between, to a fine-tune or to
 weights quantised to very few bits."""
-ROUNDING = 2**-7
-"""Relative to a value and its neighbours, more than float16 and bfloat16 change it by, one after the other."""
+ROUNDING = 0.005
+"""Of a value, somewhat more than bfloat16 changes it by."""
+KEPT_BY_CHANCE = 0.02
+"""Of the matrices: rounded to 8 bits, about one in a thousand has eight values that bfloat16 would change as much."""
 LAYER_TOLERANCE = 0.015
 """Root mean square of the relative distances of a layer's parameters. Of eight values of each in SmolLM2 they are 0.002
 for bfloat16, up to 0.008 for 8-bit blocks and 0.014 for 8-bit rows, and 0.1 for blocks of four bits."""
@@ -54,7 +56,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "embedding_row": row,
         "embedding_values": _embedding_values(model, row),
-        "final_norm_values": None if norm is None else _values([norm.weight], EMBEDDING_VALUES)[0],
+        "final_norm_values": None if norm is None else _rounded(_values([norm.weight], EMBEDDING_VALUES)[0]),
         "layers": [_layer_values(layer) for layer in features.model_layout(model).layers],
     }
 
@@ -148,7 +150,8 @@ def _compare_layers(recorded: list[LayerValues], actual: list[LayerValues]) -> s
                 f"the weights of its layer {index} are {distance:.3f} away (relative; {farthest} the farthest), as a "
                 "fine-tune's would be, or a copy's in very few bits"
             )
-    if moved["vectors"] or (moved["matrices"] and kept):
+    by_chance = 1 + KEPT_BY_CHANCE * (len(kept) + len(moved["matrices"]))
+    if moved["vectors"] or (moved["matrices"] and len(kept) > by_chance):
         what = (moved["vectors"] + moved["matrices"])[0]
         others = f", while {kept[0]} is the same" if kept else ""
         return f"{what} is another{others}, as in a fine-tune"
@@ -169,7 +172,9 @@ def _layer_values(layer: nn.Module) -> LayerValues:
             kind = "adapters" if any(name.startswith(prefix) for prefix in of_adapters) else kind
             found[name.replace(".base_layer.", ".")] = (kind, parameter)
     names = list(found)[:: max(1, -(-len(found) // LAYER_PARAMETERS))]
-    values = _values([found[name][1] for name in names], LAYER_VALUES)
+    values = [
+        [float(f"{value:.4g}") for value in row] for row in _values([found[name][1] for name in names], LAYER_VALUES)
+    ]
     return {
         of: {name: value for name, value in zip(names, values, strict=True) if found[name][0] == of} for of in KINDS
     }
@@ -197,11 +202,16 @@ def _embedding_values(model: Any, row: int) -> list[float]:
     weight = embedding.weight
     if weight.dtype not in _FLOATS:  # what is quantised is known by what it returns
         weight, row = embedding(torch.tensor([row], device=weight.device)), 0
-    return _values([weight[row]], EMBEDDING_VALUES)[0]
+    return _rounded(_values([weight[row]], EMBEDDING_VALUES)[0])
+
+
+def _rounded(values: list[float]) -> list[float]:
+    """As files of earlier versions have them, which are continued only where all is the same."""
+    return [round(value, 7) for value in values]
 
 
 def _values(parameters: Sequence[Tensor], count: int) -> list[list[float]]:
-    """So many values of one row of each, to four digits; all of them cross from a GPU at once."""
+    """So many values of one row of each; all of them cross from a GPU at once."""
     rows = []
     for row in (parameter.detach() for parameter in parameters):
         while row.dim() > 1:
@@ -212,7 +222,7 @@ def _values(parameters: Sequence[Tensor], count: int) -> list[list[float]]:
     if not rows:
         return []
     numbers = torch.cat(rows).cpu().split([len(row) for row in rows])
-    return [[float(f"{value:.4g}") for value in row.tolist()] for row in numbers]
+    return [row.tolist() for row in numbers]
 
 
 def _is_rounded(before: list[float], after: list[float]) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from swift_kernels import SwiftHead, checkpoint
 from swift_kernels.checkpoint import CheckpointError, ModelMismatchError
-from tests.architectures import randomised, tiny_model
+from tests.architectures import tiny_model
 
 
 @pytest.fixture
@@ -49,44 +49,6 @@ def test_config_says_how_layers_are_numbered(head, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["layers_convention"].startswith("Hugging Face hidden_states: 0 is the input")
     assert config["widths"] == list(head.config.widths)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_copies_in_other_dtypes_pass(dtype, recwarn):
-    head = SwiftHead.for_model(tiny_model("llama"))
-    checkpoint.check_model(head, tiny_model("llama", dtype))
-    assert not recwarn.list
-
-
-def test_eight_bit_weights_pass(recwarn):
-    """Blocks of 32 values rounded to 255 steps, as Q8_0 stores them."""
-    model = tiny_model("llama")
-    head = SwiftHead.for_model(model)
-    config = type(model.config)(**model.config.to_dict())
-    quantised = randomised(config)
-    weight = quantised.get_input_embeddings().weight.data.view(-1, 32)
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    weight.copy_((weight / scale).round() * scale)
-    checkpoint.check_model(head, quantised)
-    assert not recwarn.list
-
-
-def test_a_fine_tune_warns():
-    model = randomised(tiny_model("llama").config)
-    head = SwiftHead.for_model(model)
-    model.get_input_embeddings().weight.data *= 1.05
-    with pytest.warns(UserWarning, match="as a fine-tune's would be"):
-        checkpoint.check_model(head, model)
-
-
-@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
-def test_another_model_is_refused_with_both_named(name):
-    head = SwiftHead.for_model(tiny_model("llama"))
-    other = tiny_model(name)
-    with pytest.raises(ModelMismatchError, match=rf"LlamaForCausalLM.*{type(other).__name__}"):
-        checkpoint.check_model(head, other)
-    with pytest.warns(UserWarning, match="scores may be off"):
-        checkpoint.check_model(head, other, allow_mismatch=True)
 
 
 @pytest.fixture
@@ -234,6 +196,54 @@ def test_heads_of_normalised_layers_are_refused(model, tmp_path):
     SwiftHead.from_upstream(path, model=model, apply_norm=False)
     with pytest.raises(CheckpointError, match="from_upstream"):
         SwiftHead.from_pretrained(path)
+
+
+def test_weights_and_config_of_two_saves_are_told_apart(saved, model, tmp_path):
+    """As a kill between the two files leaves them, or who copies one of them."""
+    config = (saved / "config.json").read_bytes()
+    SwiftHead.for_model(model, [0, 1]).save_pretrained(tmp_path / "other")
+    SwiftHead.for_model(model, [2, 3]).save_pretrained(tmp_path / "other")
+    SwiftHead.for_model(model, [0, 1]).save_pretrained(tmp_path / "third")
+    (tmp_path / "third" / "model.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"other weights than config\.json was written with"):
+        SwiftHead.from_pretrained(tmp_path / "third")
+    (saved / "config.json").write_bytes(config)
+    SwiftHead.from_pretrained(saved, model=model)
+
+
+def test_a_head_of_an_earlier_version_has_no_checksum_and_loads(saved, model):
+    config = json.loads((saved / "config.json").read_text())
+    del config["weights_sha256"], config["base_model"]["layers"]
+    (saved / "config.json").write_text(json.dumps(config))
+    SwiftHead.from_pretrained(saved, model=model)
+
+
+@pytest.mark.parametrize(
+    "kept", [["config.json"], ["model.safetensors"], ["config.json", "model.safetensors"]], ids=" ".join
+)
+def test_no_head_is_saved_over_another_model(model, tmp_path, kept):
+    model.save_pretrained(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        if path.name not in kept:
+            path.unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=f"{kept[0]} is no head's and would be lost: expected another folder"):
+        SwiftHead.for_model(model).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_first_save_that_was_interrupted_is_done_again(saved, model):
+    (saved / "config.json").unlink()
+    SwiftHead.for_model(model, [1]).save_pretrained(saved)
+    assert SwiftHead.from_pretrained(saved).config.layers == (1,)
+
+
+def test_lists_of_numbers_take_a_line_and_texts_stay(model, tmp_path):
+    task = 'one [ 1, 2 ] and "[\n 3\n]"'
+    head = SwiftHead.for_model(model, task=task)
+    head.save_pretrained(tmp_path)
+    assert SwiftHead.from_pretrained(tmp_path).config == head.config
+    assert '"layers": [0, 1, 2, 3],' in (tmp_path / "config.json").read_text()
 
 
 SAVING = """

@@ -268,7 +268,7 @@ def test_a_head_is_not_written_over_what_is_none(
     options = ["--head", place.head] if command == "calibrate" else ["--epochs", "1"]
     result = run(capsys, command, place.train, "--store", place.store, "--output", output, *options)
     assert_refused(
-        result, f"a model of mine holds {name}, which is no head's and would be lost: expected a head's folder"
+        result, f"a model of mine/{name} is no head's and would be lost: expected another folder for the head"
     )
     assert contents(place.folder) == before
 

@@ -441,24 +441,15 @@ def _load_head(name: str, model: Any, allow_mismatch: bool) -> Any:
 
 def _check_head_folder(output: Path) -> None:
     """Raises where a head would be written over what is none: another model's weights, or a project's README."""
-    from swift_kernels.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-    from swift_kernels.files import parse_json
+    from swift_kernels import checkpoint
     from swift_kernels.training.train import CARD_NAME, CHECKPOINT_NAME
 
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: expected a folder, or a name for one")
-    taken = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME) if (output / name).exists()]
-    if not taken or (output / CHECKPOINT_NAME).exists():
-        return
-    try:
-        config = parse_json((output / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or "format_version" not in config:
-        raise ValueError(
-            f"--output {output} holds {taken[0]}, which is no head's and would be lost: expected a head's folder, or "
-            "one without such a file; nothing was changed"
-        )
+    checkpoint.check_own(output)
+    heads = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME, CHECKPOINT_NAME)
+    if (output / CARD_NAME).exists() and not any((output / name).exists() for name in heads):
+        raise ValueError(f"{output / CARD_NAME} is no head's and would be lost: expected another folder for the head")
 
 
 _SOURCES = "all, logits, top_logprobs or "
