@@ -151,6 +151,8 @@ class Scorer:
     def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
         """Scores every one-position forward from now on, for a hand-written loop or a captured CUDA graph.
 
+        A step that is compiled or captured within the block scores for whoever runs it: run it in this thread alone.
+
         A head of top_logprobs scores a token once the next one of its slot is known: when a later forward feeds it, or
         the loop tells `commit`. Until then it does not count, so without `commit` the last token fed to a slot never
         does.
