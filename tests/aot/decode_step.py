@@ -264,7 +264,7 @@ def _dots(model: Any, head: SwiftHead, slots: Tensor) -> Iterator[None]:
             gates.index_add_(0, target, torch.where(live, gate, 0.0))
             counts.index_add_(0, target, live.int())
 
-    with features.tap(model, features.HIDDEN_STATES, head.config.layers, consume):
+    with features.read(model, features.HIDDEN_STATES, head.config.layers, consume):
         yield
 
 
