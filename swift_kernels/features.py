@@ -42,7 +42,7 @@ class UnsupportedModelError(ValueError):
 
 
 def resolve_layers(layers: str | Sequence[int], num_hidden_layers: int) -> tuple[int, ...]:
-    """ "Turns "all" or indices (negative ones count from the end of 0..L) into ascending indices within 0..L."""
+    """Turns "all" or indices (negative ones count from the end of 0..L) into ascending indices within 0..L."""
     entries = num_hidden_layers + 1
     if isinstance(layers, str):
         if layers != "all":

@@ -176,7 +176,9 @@ def _lock_file(lock: Path, path: str | os.PathLike[str]) -> int | None:
             ) from None
         except FileNotFoundError:  # it was removed after it was opened
             pass
-        except OSError:
+        except OSError:  # no locks here
+            with suppress(OSError):
+                lock.unlink()
             os.close(descriptor)
             return None
         os.close(descriptor)

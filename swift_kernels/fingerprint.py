@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ RELATED_TOLERANCE = 0.3
 weights quantised to very few bits."""
 ROUNDING = 0.005
 """Of a value, somewhat more than bfloat16 changes it by."""
-KEPT_BY_CHANCE = 0.02
-"""Of the matrices: rounded to 8 bits, about one in a thousand has eight values that bfloat16 would change as much."""
+KEPT = 0.25
+"""Of the matrices: what stores most of them in 8 bits may keep some, such as routers of experts or a first layer."""
 LAYER_TOLERANCE = 0.015
 """Root mean square of the relative distances of a layer's parameters. Of eight values of each in SmolLM2 they are 0.002
 for bfloat16, up to 0.008 for 8-bit blocks and 0.014 for 8-bit rows, and 0.1 for blocks of four bits."""
 SMALLEST = 1e-7
 """What float16 knows of: smaller values are rounded to its multiples."""
+LARGEST = 3.5e38
+_OPTIONAL = ("final_norm_values", "projection_values")
 KINDS = ("matrices", "vectors", "adapters")
 """Of a layer's parameters; what an adapter (PEFT) adds is kept apart."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,8 +48,8 @@ def fingerprint(model: Any) -> dict[str, Any]:
     """
     model = features.unwrapped(model)
     config = features.text_config(model)
-    row = _vocabulary(model) // 3
-    norm = _final_norm(model)
+    layout = features.model_layout(model)
+    row, layers, norm = _vocabulary(model) // 3, layout.layers, _final_norm(model)
     return {
         "name": model_name(model),
         "architecture": type(model).__name__.removeprefix("FSDP"),  # as fully_shard renames it
@@ -57,7 +59,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "embedding_row": row,
         "embedding_values": _embedding_values(model, row),
         "final_norm_values": None if norm is None else _rounded(_values([norm.weight], EMBEDDING_VALUES)[0]),
-        "layers": [_layer_values(layer) for layer in features.model_layout(model).layers],
+        "projection_values": _projection_values(model, row),
+        # Last, what the decoder has around its layers, such as the bias of its norm.
+        "layers": [*map(_layer_values, layers), _layer_values(layout.decoder, {layers, *_of_vocabulary(model)})],
     }
 
 
@@ -76,7 +80,9 @@ def compare_model(recorded: dict[str, Any], model: Any) -> tuple[str, bool]:
     model = features.unwrapped(model)
     actual = fingerprint(model)
     # Vocabularies may be padded differently; the row is one both have.
-    actual["embedding_values"] = _embedding_values(model, min(recorded["embedding_row"], _vocabulary(model) - 1))
+    row = min(recorded["embedding_row"], _vocabulary(model) - 1)
+    actual["embedding_values"] = _embedding_values(model, row)
+    actual["projection_values"] = _projection_values(model, row)
     return compare_fingerprints(recorded, actual)
 
 
@@ -85,24 +91,28 @@ def compare_fingerprints(recorded: dict[str, Any], actual: dict[str, Any]) -> tu
     for key in ("architecture", "hidden_size", "num_hidden_layers"):
         if recorded[key] != actual[key]:
             return f"{key} is {actual[key]}, expected {recorded[key]}", False
-    distance = max(_distance(recorded[key], actual[key]) for key in ("embedding_values", "final_norm_values"))
-    if not distance <= RELATED_TOLERANCE:  # NaN is no likeness
-        return f"its weights are {distance:.2f} away (relative), more than {RELATED_TOLERANCE}", False
-    if distance > SAME_TOLERANCE:
-        return f"its weights are {distance:.3f} away (relative), as a fine-tune's would be", True
-    # Earlier versions recorded no layers.
+    distances = [_distance(recorded[key], actual[key]) for key in ("embedding_values", "final_norm_values")]
+    if any(not distance <= RELATED_TOLERANCE for distance in distances):  # NaN is no likeness
+        return f"its weights are {max(distances):.2f} away (relative), more than {RELATED_TOLERANCE}", False
+    if max(distances) > SAME_TOLERANCE:
+        return f"its weights are {max(distances):.3f} away (relative), as a fine-tune's would be", True
+    # Earlier versions recorded no layers and no projection.
+    projections = recorded.get("projection_values"), actual.get("projection_values")
+    if None not in projections and not (distance := _distance(*projections)) <= SAME_TOLERANCE:
+        return f"its output projection is {distance:.3f} away (relative), as a fine-tune's would be", True
     return _compare_layers(recorded.get("layers") or [], actual.get("layers") or []), True
 
 
 def check_fingerprint(recorded: Any) -> None:
     """Raises ValueError when something read from a file is no fingerprint of a model."""
     kinds = {"name": str, "architecture": str, "hidden_size": int, "num_hidden_layers": int, "embedding_row": int}
-    right = isinstance(recorded, dict) and all(isinstance(recorded.get(key), kind) for key, kind in kinds.items())
+    right = isinstance(recorded, dict) and all(type(recorded.get(key)) is kind for key, kind in kinds.items())
+    right = right and recorded["embedding_row"] >= 0
     if right:
         layers = recorded.get("layers", [])
         right = (
             _is_values(recorded.get("embedding_values"))
-            and (recorded.get("final_norm_values") is None or _is_values(recorded["final_norm_values"]))
+            and all(recorded.get(key) is None or _is_values(recorded[key]) for key in _OPTIONAL)
             and isinstance(layers, list)
             and all(isinstance(layer, dict) and layer.keys() == set(KINDS) for layer in layers)
             and all(map(_is_values_by_name, (kind for layer in layers for kind in layer.values())))
@@ -115,7 +125,9 @@ def check_fingerprint(recorded: Any) -> None:
 
 
 def _is_values(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    """Whether these are numbers of float32, or NaN, which is no value of any weight."""
+    kinds = {type(value) for value in values} if isinstance(values, list) else {type(values)}
+    return kinds <= {int, float} and not any(abs(value) > LARGEST for value in values)
 
 
 def _is_values_by_name(named: Any) -> bool:
@@ -125,8 +137,8 @@ def _is_values_by_name(named: Any) -> bool:
 def _compare_layers(recorded: list[LayerValues], actual: list[LayerValues]) -> str:
     """What speaks for a fine-tune, or "" where nothing does.
 
-    What stores weights in fewer bits changes every matrix, and no vector. So a fine-tune that changes no more than that
-    is still known by a matrix that it leaves as it was, or by a vector that it changes.
+    What stores weights in fewer bits changes nearly every matrix, and no vector. So a fine-tune that changes no more
+    than that is still known by the matrices that it leaves as they were, or by a vector that it changes.
     """
     moved: dict[str, list[str]] = {"matrices": [], "vectors": []}
     kept = []
@@ -150,16 +162,16 @@ def _compare_layers(recorded: list[LayerValues], actual: list[LayerValues]) -> s
                 f"the weights of its layer {index} are {distance:.3f} away (relative; {farthest} the farthest), as a "
                 "fine-tune's would be, or a copy's in very few bits"
             )
-    by_chance = 1 + KEPT_BY_CHANCE * (len(kept) + len(moved["matrices"]))
-    if moved["vectors"] or (moved["matrices"] and len(kept) > by_chance):
+    if moved["vectors"] or (moved["matrices"] and len(kept) > KEPT * (len(kept) + len(moved["matrices"]))):
         what = (moved["vectors"] + moved["matrices"])[0]
         others = f", while {kept[0]} is the same" if kept else ""
         return f"{what} is another{others}, as in a fine-tune"
     return ""
 
 
-def _layer_values(layer: nn.Module) -> LayerValues:
-    """A few values of each parameter of a layer that is stored as plain numbers."""
+def _layer_values(layer: nn.Module, without: Collection[nn.Module] = ()) -> LayerValues:
+    """A few values of each parameter of a layer that is stored as plain numbers, `without` those of some modules."""
+    left_out = {parameter for module in without for parameter in module.parameters()}
     of_adapters = {
         f"{prefix}.{name}."
         for prefix, module in layer.named_modules()
@@ -167,7 +179,7 @@ def _layer_values(layer: nn.Module) -> LayerValues:
     }
     found: dict[str, tuple[str, Tensor]] = {}
     for name, parameter in sorted(layer.named_parameters()):
-        if parameter.dtype in _FLOATS and parameter.numel():
+        if parameter.dtype in _FLOATS and parameter.numel() and parameter not in left_out:
             kind = "matrices" if parameter.dim() > 1 else "vectors"
             kind = "adapters" if any(name.startswith(prefix) for prefix in of_adapters) else kind
             found[name.replace(".base_layer.", ".")] = (kind, parameter)
@@ -191,6 +203,12 @@ def _final_norm(model: Any) -> Any:
     return None
 
 
+def _of_vocabulary(model: Any) -> list[nn.Module]:
+    """What has a row for each token: the embedding, and the output projection, which may be the same weights."""
+    projection = model.get_output_embeddings()
+    return [model.get_input_embeddings(), *([] if projection is None else [projection])]
+
+
 def _vocabulary(model: Any) -> int:
     embedding = model.get_input_embeddings()
     return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
@@ -202,6 +220,14 @@ def _embedding_values(model: Any, row: int) -> list[float]:
     weight = embedding.weight
     if weight.dtype not in _FLOATS:  # what is quantised is known by what it returns
         weight, row = embedding(torch.tensor([row], device=weight.device)), 0
+    return _rounded(_values([weight[row]], EMBEDDING_VALUES)[0])
+
+
+def _projection_values(model: Any, row: int) -> list[float] | None:
+    """Of the row that projects to a token; None where it is the token's embedding, or packed."""
+    weight = getattr(_of_vocabulary(model)[-1], "weight", None)
+    if not isinstance(weight, Tensor) or weight is model.get_input_embeddings().weight or weight.dtype not in _FLOATS:
+        return None
     return _rounded(_values([weight[row]], EMBEDDING_VALUES)[0])
 
 

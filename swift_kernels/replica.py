@@ -1,13 +1,15 @@
 """A replica of a model: modules of its own over the same weights.
 
 What looks into a model (hooks, another mode, weights exchanged for a probe) does so in a replica, so that the model
-itself, which another thread may be running, never changes.
+itself, which another thread may be running, does not change; only what its forwards themselves write into buffers does.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
-from types import MethodType
+from collections.abc import Set
+from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -41,19 +43,36 @@ def replicate(model: nn.Module) -> Replica:
         attributes["training"] = False
         attributes.pop("_compiled_call_impl", None)
         vars(replica).update(attributes)
+        for name in copyreg._slotnames(type(module)):  # type: ignore[attr-defined]
+            if hasattr(module, name):
+                object.__setattr__(replica, name, getattr(module, name))
     return Replica(replicas[model], {replica: module for module, replica in replicas.items()})
 
 
-def _rebound(value: Any, replicas: dict[nn.Module, nn.Module]) -> Any:
+def _rebound(value: Any, replicas: dict[nn.Module, nn.Module], seen: Set[int] = frozenset()) -> Any:
     """What belongs to a module of the model, such as a `forward` of its own, made to belong to its replica."""
     if isinstance(value, nn.Module):
         return replicas.get(value, value)
     value = getattr(value, "_torchdynamo_orig_callable", value)  # what torch.compile was given
     if isinstance(value, MethodType):
-        return MethodType(value.__func__, _rebound(value.__self__, replicas))
-    if isinstance(value, functools.partial):
-        arguments = [_rebound(argument, replicas) for argument in value.args]
-        rebound = functools.partial(_rebound(value.func, replicas), *arguments, **value.keywords)
+        return MethodType(value.__func__, _rebound(value.__self__, replicas, seen))
+    if isinstance(value, FunctionType) and value.__closure__ and id(value) not in seen:
+        # As decorators make them: what they go around is in a cell.
+        cells = tuple(_rebound_cell(cell, replicas, {*seen, id(value)}) for cell in value.__closure__)
+        rebound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        rebound.__kwdefaults__ = value.__kwdefaults__
         vars(rebound).update(vars(value))
         return rebound
+    if isinstance(value, functools.partial):
+        arguments = [_rebound(argument, replicas, seen) for argument in value.args]
+        partial = functools.partial(_rebound(value.func, replicas, seen), *arguments, **value.keywords)
+        vars(partial).update(vars(value))
+        return partial
     return value
+
+
+def _rebound_cell(cell: CellType, replicas: dict[nn.Module, nn.Module], seen: Set[int]) -> CellType:
+    try:
+        return CellType(_rebound(cell.cell_contents, replicas, seen))
+    except ValueError:  # it is empty as yet
+        return CellType()

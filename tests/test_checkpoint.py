@@ -232,6 +232,13 @@ def test_no_head_is_saved_over_another_model(model, tmp_path, kept):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_no_head_is_saved_beside_the_shards_of_a_model(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds model-00001-of-.*expected another folder"):
+        SwiftHead.for_model(model).save_pretrained(tmp_path)
+
+
 def test_a_first_save_that_was_interrupted_is_done_again(saved, model):
     (saved / "config.json").unlink()
     SwiftHead.for_model(model, [1]).save_pretrained(saved)

@@ -197,3 +197,75 @@ def test_many_experts_are_sampled() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checkpoint.check_model(SwiftHead.for_model(tiny_model("mixtral")), tiny_model("mixtral"))
+
+
+def keep_routers(model: Any) -> Any:
+    """As GGUF files of 8 bits do."""
+    routers = [layer.mlp.gate.weight.detach().clone() for layer in model.model.layers]
+    quantise(model, 8, 32)
+    with torch.no_grad():
+        for layer, router in zip(model.model.layers, routers, strict=True):
+            layer.mlp.gate.weight.copy_(router)
+    return model
+
+
+def keep_first_layer(model: Any) -> Any:
+    first = copy.deepcopy(model.model.layers[0])
+    quantise(model, 8, 32)
+    model.model.layers[0] = first
+    return model
+
+
+def test_an_8_bit_copy_may_keep_the_routers_of_experts() -> None:
+    assert compare_model(fingerprint(tiny_model("mixtral")), keep_routers(copy.deepcopy(tiny_model("mixtral")))) == (
+        "",
+        True,
+    )
+
+
+def test_an_8_bit_copy_may_keep_a_layer(recorded: dict[str, Any], model: Any) -> None:
+    assert compare_model(recorded, keep_first_layer(model)) == ("", True)
+
+
+def test_another_output_projection_warns() -> None:
+    """What a head of logits reads; here it is not the embedding."""
+    model = tiny_model("llama")
+    other = copy.deepcopy(model)
+    assert other.lm_head.weight is not other.model.embed_tokens.weight
+    torch.nn.init.normal_(other.lm_head.weight)
+    difference, same = compare_model(fingerprint(model), other)
+    assert "output projection" in difference
+    assert same
+
+
+def test_the_bias_of_the_last_norm_counts() -> None:
+    model = tiny_model("gpt2")
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.transformer.ln_f.bias)
+    assert "ln_f.bias" in compare_model(fingerprint(model), other)[0]
+
+
+@pytest.mark.parametrize("key", ["embedding_values", "final_norm_values"])
+def test_values_that_are_no_numbers_are_no_likeness(key: str) -> None:
+    model = tiny_model("llama")
+    recorded = fingerprint(model)
+    assert not compare_model({**recorded, key: [float("nan")] * len(recorded[key])}, model)[1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"embedding_row": -5000},
+        {"embedding_row": True},
+        {"embedding_values": [10**400]},
+        {"final_norm_values": [True]},
+        {"projection_values": "x"},
+        {"layers": [{}]},
+        {"layers": [{"matrices": {"a": [10**400]}, "vectors": {}, "adapters": {}}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_fingerprint_is_named(damage: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="the fingerprint of the base model is damaged"):
+        compare_model({**fingerprint(model), **damage}, model)

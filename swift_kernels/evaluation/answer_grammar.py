@@ -244,8 +244,10 @@ def _value(node: ast.expr) -> float:
             ast.Name("Rational"), [left, ast.Call(ast.Name("Integer"), [ast.Constant(int())], [])], []
         ):
             return _value(left)
-        case ast.BinOp(ast.Call(ast.Name("Integer"), [ast.Constant(int())], []) as left, ast.Pow(), right):
-            return _value(left) ** _value(right) if size < 300 else _INFINITE
+        case ast.BinOp(ast.Call(ast.Name("Integer"), [ast.Constant(int())], []) as left, ast.Pow(), right) if (
+            size < 300
+        ):
+            return _value(left) ** _value(right)
         case ast.Call(ast.Name("sqrt" | "cbrt" | "abs" | "Abs"), [argument], []):
             return max(1.0, _value(argument))
         case ast.Call(ast.Name("factorial" | "factorial2"), [argument], []) if size < 300:

@@ -69,6 +69,9 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
+_WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
 class WorkerError(RuntimeError):
     """The process cannot be started: not the fault of any answer, and every other question would fail too."""
 
@@ -87,6 +90,15 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._questions: queue.SimpleQueue[tuple[bytes, bytes] | None] = queue.SimpleQueue()
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        _WORKERS.add(self)
+
+    def forget(self) -> None:
+        """In a fork of this process: the child answers the one that started it, and starts anew here."""
+        if self._process is not None:
+            self._finish.detach()
+            self._process.returncode = 0  # it is not waited for here
+            self._process = None
+        self._lock = threading.Lock()
 
     def ask(self, question: Any) -> Any:
         """The reply to a question that can be pickled; None if it takes too long, or the child fails at it."""
@@ -159,6 +171,15 @@ class Worker:
         if self._process is not None:
             self._finish()
             self._process = None
+
+
+def _forget_all() -> None:
+    for worker in list(_WORKERS):
+        worker.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _converse(

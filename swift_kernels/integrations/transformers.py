@@ -32,7 +32,7 @@ from swift_kernels.integrations.generation import (
 from swift_kernels.integrations.norm_path import Buffers, NormPath
 from swift_kernels.integrations.teacher_forcing import forward_packed, score_texts
 from swift_kernels.integrations.top_logprobs import TopLogprobs, input_ids
-from swift_kernels.patching import patch, set_aside
+from swift_kernels.patching import patch
 from swift_kernels.state import ScoreState
 
 try:
@@ -114,7 +114,10 @@ class Scorer:
     def __enter__(self) -> Scorer:
         decoder = features.model_layout(self.model).decoder
         for other in features.readers():
-            if isinstance(other, Scorer) and (other is self or features.model_layout(other.model).decoder is decoder):
+            # One that another task has left since still counts as a reader of this one.
+            if not isinstance(other, Scorer) or other._patches is None:
+                continue
+            if other is self or features.model_layout(other.model).decoder is decoder:
                 name = type(self.model).__name__
                 raise ValueError(f"{name} has a scorer attached already: leave its `with` block first")
         if self._patches is not None:
@@ -151,7 +154,8 @@ class Scorer:
     def begin(self, slots: Tensor, num_slots: int | None = None) -> None:
         """Scores every one-position forward from now on, for a hand-written loop or a captured CUDA graph.
 
-        A step that is compiled or captured within the block scores for whoever runs it: run it in this thread alone.
+        A step that is compiled or captured within the block scores for whoever runs it: run it in this thread alone,
+        and compile another one for another block.
 
         A head of top_logprobs scores a token once the next one of its slot is known: when a later forward feeds it, or
         the loop tells `commit`. Until then it does not count, so without `commit` the last token fed to a slot never
@@ -425,13 +429,10 @@ class Scorer:
             assert self._slots is not None
             run.trace.append((self._gate_reward.clone(), self._slots >= 0))
 
-    def _get_compiled_call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        # What the stock call keeps of this one is not for others: they keep their own.
-        with ExitStack() as kept:
-            for name in ("_compiled_call", "_last_compile_config"):
-                kept.callback(set_aside(self.model, name))
-            stock = original(*args, **kwargs)
-            config = self.model.__dict__.get("_last_compile_config")
+    def _get_compiled_call(self, _original: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        stand_in = _StandIn(self.model)
+        stock = type(self.model).get_compiled_call(stand_in, *args, **kwargs)
+        config = vars(stand_in).get("_last_compile_config")
         if config is None:
             return stock
         if self._compiled is None or self._compiled[0] != config:
@@ -518,6 +519,18 @@ class Scorer:
         if bool(self._state.token_count.any()) or (self._late is not None and self._late.waits()):
             return True
         return (self._ran_norm or self._ran_gather) and not bool(self._awaited)
+
+
+class _StandIn:
+    """A model to a method that keeps a compiled call of it: it has none yet, and what it keeps is not for others."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_compiled_call", "_last_compile_config"):
+            raise AttributeError(name)
+        return getattr(self._model, name)
 
 
 class _Criteria(transformers.StoppingCriteriaList):

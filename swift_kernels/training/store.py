@@ -357,7 +357,9 @@ def drop_damaged(path: Path) -> list[str]:
 
 def check_vacant(path: Path) -> None:
     """Raises where a folder without a header has files that a new store would write over."""
-    taken = [file.name for file in path.glob("[0-9]*") if re.fullmatch(r"\d{5,}\.(json|safetensors)", file.name)]
+    taken = [file.name for file in path.glob("[0-9]*.json") if re.fullmatch(r"\d{5,}\.json", file.name)]
+    # Also those of a model, which would be read with the store's.
+    taken += [file.name for file in path.glob("*.safetensors") if file.name != SKETCH_NAME]
     # A run that was killed before the header may have left its sketch.
     if taken or ((path / SKETCH_NAME).exists() and not _is_sketch(path / SKETCH_NAME)):
         raise StoreError(

@@ -279,3 +279,30 @@ def test_its_process_ends_with_it(by_hand: bool) -> None:
         del worker
         gc.collect()
     assert process.poll() is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("busy", [False, True], ids=["at rest", "while another thread asks"])
+def test_a_fork_of_the_program_has_a_child_of_its_own(worker: Worker, busy: bool) -> None:
+    """As `multiprocessing` makes them: it has the parent's pipes and lock, but not the thread that talks."""
+    assert worker.ask("first") == "first"
+    served = worker._process
+    assert served is not None
+    if busy:
+        worker._lock.acquire()
+    forked = os.fork()
+    if not forked:
+        signal.alarm(int(LIMIT))  # instead of waiting for ever
+        right = False
+        try:
+            right = worker.ask("forked") == "forked"
+            worker.close()
+        finally:
+            os._exit(0 if right else 1)
+    if busy:
+        worker._lock.release()
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == 0
+    assert served.poll() is None
+    assert worker.ask("second") == "second"
+    assert worker._process is served
+    assert worker.timeouts == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -270,3 +271,112 @@ def test_patches_of_many_threads_leave_nothing_behind() -> None:
 
     assert all(at_once(*[churn] * 4))
     assert vars(module) == before
+
+
+def test_what_a_user_puts_there_meanwhile_stays(model: Any) -> None:
+    """A decorated forward goes around the tap of a scorer, which reads nothing once the block is left."""
+    head = SwiftHead.for_model(model)
+    expected, layer, calls = scored(model, head, 1, 1, tokens=4), model.model.layers[0], []
+
+    with attach(model, head) as scorer:
+        inner = layer.forward
+
+        def own(*args: Any, **kwargs: Any) -> Any:
+            calls.append(len(calls))
+            return inner(*args, **kwargs)
+
+        layer.forward = own
+        assert torch.equal(answer(model, 1, 1, tokens=4), expected[0])
+        assert torch.equal(scorer.scores(), expected[1])
+        assert len(calls) == 4
+        score_texts(model, None, head, [[6]], [[7, 8]])
+        assert layer.forward is own
+        assert len(calls) == 5
+    assert layer.forward is own
+    assert torch.equal(answer(model, 1, 1, tokens=4), expected[0])
+    assert len(calls) == 9
+
+
+@pytest.mark.parametrize("leave", ["a thread", "a copy of the context"])
+def test_a_scorer_that_is_left_elsewhere_does_not_stay(model: Any, leave: str) -> None:
+    head = SwiftHead.for_model(model)
+    expected = scored(model, head, 1, 1)
+    scorer = attach(model, head)
+    scorer.__enter__()
+    if leave == "a thread":
+        at_once(lambda: scorer.__exit__(None, None, None))
+    else:
+        contextvars.copy_context().run(scorer.__exit__, None, None, None)
+    assert not patched_modules(model)
+    assert_equal(scored(model, head, 1, 1), expected)
+
+
+@pytest.mark.parametrize("what", ["attach", "detach"])
+def test_a_model_that_another_thread_compiles_is_not_changed_meanwhile(model: Any, what: str) -> None:
+    """The other thread waits: the tracer would find other methods than its guards were made for."""
+    head = SwiftHead.for_model(model)
+    ids = torch.tensor([[6, 7, 8]])
+    scorer = attach(model, head)
+    began = []
+
+    def change() -> None:
+        scorer.__enter__() if what == "attach" else scorer.__exit__(None, None, None)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        if not began:
+            began.append(threading.Thread(target=change))
+            began[0].start()
+            began[0].join(0.5)
+            assert began[0].is_alive()
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        if what == "detach":
+            at_once(scorer.__enter__)
+        torch.compiler.reset()
+        compiled = torch.compile(lambda: model(input_ids=ids, use_cache=False).logits, backend=backend)
+        assert torch.equal(compiled(), expected)
+        began[0].join()
+        assert torch.equal(compiled(), expected)
+    if what == "attach":
+        at_once(lambda: scorer.__exit__(None, None, None))
+    assert not patched_modules(model)
+
+
+def logged(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("where", ["model", "decoder", "layers"])
+@pytest.mark.parametrize("fuse", ["gather", "norm"])
+def test_models_whose_forwards_are_decorated_are_inspected(where: str, fuse: str) -> None:
+    model, plain = fresh_model(), fresh_model()
+    head = SwiftHead.for_model(plain)
+    decorated = {"model": [model], "decoder": [model.model], "layers": list(model.model.layers)}[where]
+    for module in decorated:
+        module.forward = logged(module.forward)
+    assert all(model_layout(model).readable)
+    assert_equal(scored(model, head, 2, 1, fuse=fuse), scored(plain, head, 2, 1, fuse=fuse))
+
+
+class Slotted(torch.nn.Module):
+    __slots__ = ("factor",)
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.factor = 2.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.factor * self.inner(*args, **kwargs)
+
+
+def test_a_module_with_slots_is_inspected() -> None:
+    model = fresh_model()
+    model.model.layers[0].mlp = Slotted(model.model.layers[0].mlp)
+    assert all(model_layout(model).readable)

@@ -130,7 +130,7 @@ def test_what_would_be_lost_is_refused(model: Any, tokenizer: Any, tmp_path: Pat
         assert contents(job.store) == before
 
 
-@pytest.mark.parametrize("name", ["00000.safetensors", "00002.json", "sketch.safetensors"])
+@pytest.mark.parametrize("name", ["00000.safetensors", "model.safetensors", "00002.json", "sketch.safetensors"])
 def test_a_folder_with_such_files_of_others_is_left_alone(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
