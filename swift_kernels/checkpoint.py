@@ -204,7 +204,7 @@ def check_own(folder: Path) -> None:
             own = False
         if not own:
             raise CheckpointError(f"{config} is no head's and would be lost: expected another folder for the head")
-    elif others := sorted(path for path in folder.glob("*.safetensors*") if path.name != WEIGHTS_NAME):
+    elif others := sorted(path for path in folder.glob("model*.safetensors*") if path.name != WEIGHTS_NAME):
         raise CheckpointError(
             f"{folder} holds {others[0].name}, which is no head's: expected another folder for the head"
         )
